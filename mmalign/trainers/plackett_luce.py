@@ -11,39 +11,19 @@ to us from its description; its code was not read. Our choices:
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
-from mmalign.config import Section
 from mmalign.models.diffusion.lists import list_scores
 from mmalign.objectives import get_objective
+from mmalign.trainers.lists import ListSection, list_output, list_utilities, missing_rewards
 from mmalign.trainers.pairwise import DenoisingTrainer
-from mmalign.trainers.rank_dpo import list_output, list_utilities, missing_rewards
 from mmalign.types import RankedBatch, StepContext, StepOutput
 
 
-class PlackettLuceConfig(Section):
-    """Settings of Diffusion-LPO."""
+class PlackettLuceConfig(ListSection):
+    """Settings of Diffusion-LPO. Utilities give the order alone."""
 
     name: str = "plackett_luce"
-    beta: float = 5000.0
-    """Strength of the pull to the reference, in the units of Diffusion-DPO's released scripts."""
-    rewards: tuple[str, ...] = ()
-    """Whose scores rank the pictures (column `scores` of the table); empty: all of them."""
-    utilities: Literal["win_rate", "scores"] = "win_rate"
-    """'win_rate': order by the share of comparisons won over the rewards; 'scores': by one reward's scores."""
-    share_noise: bool = True
-    """One noise for all pictures of a list, or one for each."""
-    images_per_forward: int = 0
-    """0: all pictures of a batch at once. A number bounds memory by so many pictures, for one more forward each."""
-
-    def model_post_init(self, context: Any) -> None:
-        """Refuse settings without meaning."""
-        if self.beta <= 0:
-            raise ValueError(f"beta must be positive, got {self.beta}")
-        if self.images_per_forward < 0:
-            raise ValueError(f"images_per_forward must not be negative, got {self.images_per_forward}")
-        if self.utilities == "scores" and len(self.rewards) != 1:
-            raise ValueError("utilities 'scores' takes the scores of exactly one reward: name it in rewards")
 
 
 class PlackettLuce(DenoisingTrainer):
