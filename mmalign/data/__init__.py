@@ -44,6 +44,7 @@ _LAZY = {
     "fill_text": "mmalign.data.fill",
     "geometry_fields": "mmalign.data.fill",
     "fill_references": "mmalign.data.references",
+    "FrameCache": "mmalign.data.frames",
 }
 __all__ = ["FORMATS", *_LAZY]
 

@@ -12,7 +12,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmalign.data.cachewriter import ShardWriter
 from mmalign.data.files import canonical_hash, file_hash, write_json
 from mmalign.data.progress import progress_bar
-from mmalign.data.shards import DIGEST_BYTES, Layout, Shard, key_digest, write_shard
+from mmalign.data.shards import DIGEST_BYTES, Layout, Shard, key_digest, kinds_of, write_shard
 from mmalign.errors import DataError
 
 CACHE_VERSION: Final = 2
@@ -92,6 +93,11 @@ class Cache:
         """Tensors of one entry by name; empty while the cache is."""
         return self._shards[0].layouts if self._shards else {}
 
+    @property
+    def kinds(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name -> dtype and shape of one entry, -1 for axes that differ; empty while the cache is."""
+        return self._shards[0].kinds if self._shards else {}
+
     def refresh(self) -> None:
         """See what other processes have added since. Shards that fail verification are left out with a warning."""
         before = dict(self._marks)
@@ -153,6 +159,33 @@ class Cache:
         """
         return self._gather(digests_of(keys), lambda number: repr(keys[number]))
 
+    def entry(self, key: str) -> dict[str, Tensor] | None:
+        """The tensors of one key, each in the shape it was stored with; None when it is not stored."""
+        number = int(self._find([key])[0])
+        if number < 0:
+            return None
+        shard, row = self._place[number].tolist()
+        return self._shards[shard].entry(row)
+
+    def store(self, keys: Sequence[str], tensors: Mapping[str, Tensor | Sequence[Tensor]]) -> None:
+        """Add entries as one shard, at once. Several processes may: what two of them store is found once.
+
+        Args:
+            tensors: [n, ...] each, or n tensors where entries differ in size (`entry` reads those); on the CPU.
+
+        Raises:
+            DataError: entries unlike those that are there, or the disk is full.
+        """
+        if not keys:
+            return
+        kinds = kinds_of(tensors)
+        if self.kinds and self.kinds != kinds:
+            raise DataError(
+                f"{self.folder}: entries of a cache must be alike: it holds {self.kinds}, this gave {kinds}"
+            )
+        write_shard(self.folder, keys, tensors)
+        self.refresh()
+
     def gather_digests(self, digests: np.ndarray) -> dict[str, Tensor]:
         """As `gather`, for keys as digests, [n, 16] uint8."""
         return self._gather(digests, lambda number: digests[number].tobytes().hex())
@@ -171,6 +204,8 @@ class Cache:
         place = self._place[numbers]
         result = {}
         for name, layout in self.layouts.items():
+            if layout.shapes is not None:
+                raise DataError(f"{self.folder}: entries of '{name}' differ in size; they are read one by one (entry)")
             out = np.empty((len(numbers), layout.row_bytes), dtype=np.uint8)
             for shard in np.unique(place[:, 0]):
                 here = np.flatnonzero(place[:, 0] == shard)
@@ -208,8 +243,8 @@ class Cache:
         lock = "fill.lock" if shard[1] == 1 else f"fill-{shard[0]}-of-{shard[1]}.lock"
         with FileLock(self.folder / lock), progress_bar("Encoding", total, enabled=progress) as advance:
             self.refresh()
-            writer = _Writer(
-                folder=self.folder, shard_bytes=shard_bytes, shard_seconds=shard_seconds, known=_kinds(self.layouts)
+            writer = ShardWriter(
+                folder=self.folder, shard_bytes=shard_bytes, shard_seconds=shard_seconds, known=self.kinds
             )
             for batch in _batched(self._new(items, advance), batch_size):
                 keys = [key for key, _ in batch]
@@ -260,70 +295,10 @@ class Cache:
             return None
 
 
-@dataclass(kw_only=True)
-class _Writer:
-    """Collects encoded entries and writes a shard when there is enough."""
-
-    folder: Path
-    shard_bytes: int
-    shard_seconds: float
-    known: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-    """Name -> dtype and shape of one entry; empty until the first entry."""
-    stored: int = 0
-    refused: list[str] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
-    pieces: list[dict[str, Tensor]] = field(default_factory=list)
-    size: int = 0
-    started: float = field(default_factory=time.monotonic)
-
-    def add(self, keys: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
-        """Keep the finite rows of one batch; the others are refused."""
-        plain = {name: value.detach().to("cpu") for name, value in tensors.items()}
-        self._check(keys, plain)
-        finite = torch.ones(len(keys), dtype=torch.bool)
-        for value in plain.values():
-            if value.is_floating_point():
-                finite &= torch.isfinite(value).reshape(len(keys), -1).all(dim=1)
-        self.refused.extend(key for key, good in zip(keys, finite.tolist(), strict=True) if not good)
-        kept = [key for key, good in zip(keys, finite.tolist(), strict=True) if good]
-        if kept:
-            self.keys.extend(kept)
-            self.pieces.append({name: value[finite] for name, value in plain.items()})
-            self.size += sum(value.nbytes for value in self.pieces[-1].values())
-        if self.size >= self.shard_bytes or time.monotonic() - self.started >= self.shard_seconds:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what was collected."""
-        if self.keys:
-            joined = {name: torch.cat([piece[name] for piece in self.pieces]) for name in self.pieces[0]}
-            write_shard(self.folder, self.keys, joined)
-            self.stored += len(self.keys)
-        self.keys, self.pieces, self.size = [], [], 0
-        self.started = time.monotonic()
-
-    def _check(self, keys: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
-        found = {name: (value.dtype, tuple(value.shape[1:])) for name, value in tensors.items()}
-        short = [name for name, value in tensors.items() if len(value) != len(keys)]
-        if not found or short:
-            raise DataError(
-                f"the encoder answered with {short or 'no tensors'}: expected one row for each of its inputs"
-            )
-        if self.known and self.known != found:
-            raise DataError(
-                f"{self.folder}: entries of a cache must be alike: it holds {self.known}, this gave {found}"
-            )
-        self.known = found
-
-
 def digests_of(keys: Sequence[str]) -> np.ndarray:
     """The digests that stand for some keys, [n, 16] uint8."""
     joined = b"".join(key_digest(key) for key in keys)
     return np.frombuffer(joined, dtype=np.uint8).reshape(len(keys), DIGEST_BYTES)
-
-
-def _kinds(layouts: Mapping[str, Layout]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    return {name: (layout.dtype, layout.shape) for name, layout in layouts.items()}
 
 
 def _batched(items: Iterator[Input], size: int) -> Iterator[list[Input]]:

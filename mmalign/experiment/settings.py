@@ -86,6 +86,8 @@ class DataConfig(Section):
     """Methods on answers: use the rows of this curriculum stage alone (column `stage`)."""
     cache_vision: bool = False
     """Methods on answers: keep the features of a frozen vision tower on disk (megabytes a picture for large models)."""
+    cache_frames: bool = False
+    """Methods on answers: keep the sampled frames of clips on disk, so that each clip is decoded once in all."""
     workers: int = 2
     prefetch: int = 4
     """Batches prepared ahead."""
@@ -222,7 +224,7 @@ def _contradictions(config: ExperimentConfig) -> list[str]:
 
 
 PICTURES_ONLY = ("resolution", "flip", "crop", "drop_caption", "draws")
-ANSWERS_ONLY = ("max_length", "max_answer", "stage", "cache_vision")
+ANSWERS_ONLY = ("max_length", "max_answer", "stage", "cache_vision", "cache_frames")
 
 
 def _kinds(config: ExperimentConfig) -> list[str]:

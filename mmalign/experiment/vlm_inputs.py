@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmalign.branches import Answer, BranchRecord, EncodedExample
+from mmalign.branches import Answer, BranchRecord, EncodedExample, VideoRef
 from mmalign.data.check import CheckPolicy, CheckResult
 from mmalign.data.files import canonical_hash, write_json
+from mmalign.data.frames import FrameCache
 from mmalign.data.progress import progress_bar
 from mmalign.data.reasons import Problem
 from mmalign.data.vlm import VlmTable, open_vlm
@@ -30,6 +31,7 @@ from mmalign.models.reference import Reference
 from mmalign.models.stored_answers import StoredAnswers, VisionStore
 from mmalign.models.vlm.base import VlmFamily
 from mmalign.models.vlm.errors import VlmDataError
+from mmalign.models.vlm.media import open_media
 from mmalign.trainers import METHODS
 from mmalign.trainers.vlm_online_dpo import collate_records
 
@@ -57,12 +59,17 @@ def prepare_vlm(config: ExperimentConfig, parts: Any, accelerator: Any) -> Input
     require_kind(config, table)
     if not main:
         accelerator.wait_for_everyone()
+    frames = FrameCache(cache_root(config)) if config.data.cache_frames else None
+    if frames is not None:
+        family.read_clip = frames.read
     policy = CheckPolicy(ties=config.data.ties, max_bad_fraction=config.data.max_bad_fraction)
     checked = usable_vlm(table, check=config.data.check, policy=policy, progress=main)
     shaped = shaper(config)
     checked = _usable_answers(config, table, checked)
     if config.data.check != "off":
         checked = _encodable(config, family, table, checked, shaped, progress=main).demand()
+    if frames is not None:
+        _fill_frames(frames, config, table, checked, progress=main)
     raw = METHODS.get(config.method_name).batches == "vlm_records"
     if raw and config.method.model_dump().get("offline") and table.kind != "pairs":
         raise ConfigError(f"method.offline: {table.path} holds {table.kind}; offline rows need a table of pairs")
@@ -235,6 +242,33 @@ def _examples(loader: VlmLoader, encode: Encode, *, title: str, progress: bool) 
             if example is not None:
                 yield row, example
             advance(1)
+
+
+def _fill_frames(
+    frames: FrameCache, config: ExperimentConfig, table: VlmTable, checked: CheckResult, *, progress: bool
+) -> None:
+    """Decode every clip that is not stored yet, once for all answers about it; a second start reads nothing."""
+    settings = config.model.model_dump()
+    fps, most = settings.get("video_fps"), settings.get("max_frames")
+    demand = canonical_hash([table.fingerprint, checked.rows.tolist(), fps, most, frames.fields])
+    note = frames.root / "frames" / f"complete-{demand[:32]}.json"
+
+    def decode(row: int) -> None:
+        with suppress(RowProblem, VlmDataError):  # masked when training meets it, and listed then
+            record = table.record(row)
+            for item in (*record.media, *(item for answer in record.answers for item in answer.media or ())):
+                if isinstance(item, VideoRef) and not item.frames:
+                    open_media(record.id, item, fps=fps, max_frames=most, read_clip=frames.read)
+
+    rows = [] if note.exists() else checked.rows.tolist()
+    with (
+        progress_bar("Decoding clips", len(rows), enabled=progress) as advance,
+        ThreadPoolExecutor(max(1, config.data.workers), thread_name_prefix="mmalign-frames") as pool,
+    ):
+        for _ in pool.map(decode, rows):
+            advance(1)
+    frames.flush()
+    write_json(note, {"rows": len(checked.rows)})
 
 
 def _fill_vision(

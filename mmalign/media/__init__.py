@@ -19,7 +19,7 @@ from mmalign.media.errors import IMAGE_REASONS, VIDEO_REASONS, MediaError
 from mmalign.media.resize import RESIZE_RULE, Crop, cover_geometry, resize_crop, to_array, to_tensor01
 from mmalign.media.samplers import Sampler, perturbed
 from mmalign.media.sniff import Kind, image_kind
-from mmalign.media.video import Frames, VideoFacts, decode_video, inspect_video
+from mmalign.media.video import Frames, VideoFacts, decode_video, inspect_video, video_fields
 
 __all__ = [
     "COLOUR_POLICY",
@@ -47,4 +47,5 @@ __all__ = [
     "stored_to_rgb",
     "to_array",
     "to_tensor01",
+    "video_fields",
 ]

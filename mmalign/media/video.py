@@ -120,6 +120,20 @@ def inspect_video(
         )
 
 
+def video_fields() -> dict[str, str]:
+    """What decoded frames depend on besides file and sampler, for cache fingerprints.
+
+    Raises:
+        MissingExtraError: PyAV is not installed.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise MissingExtraError("av", "video", "reading video") from error
+    versions = {name: ".".join(map(str, av.library_versions[name][:2])) for name in ("libavcodec", "libswscale")}
+    return {"policy": VIDEO_POLICY, "decoder": "pyav", **versions}
+
+
 class _Elsewhere(Exception):
     """A frame that the index promised did not come."""
 

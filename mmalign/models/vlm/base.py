@@ -26,10 +26,11 @@ from mmalign.branches import (
 )
 from mmalign.config import Section
 from mmalign.errors import ModelError
+from mmalign.media import decode_video
 from mmalign.models.vlm import encoding, forward, generation, loading, saving
 from mmalign.models.vlm.collate import collate
 from mmalign.models.vlm.layout import Layout
-from mmalign.models.vlm.media import digest
+from mmalign.models.vlm.media import ReadClip, digest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -106,6 +107,7 @@ class VlmFamily:
     def __init__(self, config: VlmConfig, device: torch.device) -> None:
         self.config = config
         self.device = device
+        self.read_clip: ReadClip = decode_video
         self.dtype = DTYPES[config.dtype]
         self._local = threading.local()
         self._prints: dict[str, dict[str, Any]] = {}

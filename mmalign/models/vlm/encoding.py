@@ -142,7 +142,10 @@ def _prefix(
     order = [part.media for message in record.messages for part in message.parts if part.media is not None]
     settings = family.config
     opened = [
-        open_media(record.id, media[number], fps=settings.video_fps, max_frames=settings.max_frames) for number in order
+        open_media(
+            record.id, media[number], fps=settings.video_fps, max_frames=settings.max_frames, read_clip=family.read_clip
+        )
+        for number in order
     ]
     images = [item for item in opened if isinstance(item, Image.Image)]
     clips = [item for item in opened if isinstance(item, Clip)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -14,12 +14,16 @@ from PIL import Image
 from torch import Tensor
 
 from mmalign.branches import MediaRef, VideoRef
-from mmalign.media import MediaError, Sampler, decode_video, inspect_video, open_image
+from mmalign.media import Frames, MediaError, Sampler, inspect_video, open_image
 from mmalign.models.vlm.errors import VlmDataError
 from mmalign.types import ImageRef
 
 MOST_FRAMES: Final = 768
 """Frames taken from one clip where `max_frames` does not say."""
+
+
+ReadClip = Callable[[ImageRef, Sampler], Frames]
+"""What gives the frames of a clip: the decoder, or a store of decoded frames in front of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +39,10 @@ class Clip:
     """Frames of the source."""
 
 
-def open_media(record: str, reference: MediaRef, *, fps: float | None, max_frames: int | None) -> Image.Image | Clip:
-    """Decode one picture or clip.
+def open_media(
+    record: str, reference: MediaRef, *, fps: float | None, max_frames: int | None, read_clip: ReadClip
+) -> Image.Image | Clip:
+    """Decode one picture or clip; clips in files through `read_clip`.
 
     Raises:
         VlmDataError: missing_media or undecodable_media, with the media layer's own words.
@@ -47,7 +53,7 @@ def open_media(record: str, reference: MediaRef, *, fps: float | None, max_frame
             return open_image(reference).image
         if reference.frames:
             return _given_frames(reference)
-        return _sampled(reference, fps=reference.fps or fps or 2.0, max_frames=max_frames)
+        return _sampled(reference, read_clip, fps=reference.fps or fps or 2.0, max_frames=max_frames)
     except MediaError as error:
         gone = error.reason == "missing_image" or (reference.path is not None and not Path(reference.path).exists())
         reason = "missing_media" if gone else "undecodable_media"
@@ -61,12 +67,12 @@ def _given_frames(reference: VideoRef) -> Clip:
     return Clip(frames=frames, indices=tuple(range(len(pictures))), fps=reference.fps or 1.0, total=len(pictures))
 
 
-def _sampled(reference: VideoRef, *, fps: float, max_frames: int | None) -> Clip:
+def _sampled(reference: VideoRef, read_clip: ReadClip, *, fps: float, max_frames: int | None) -> Clip:
     """Frames of a file at a rate, evenly thinned to `max_frames`; of a stretch of it where start or end is given."""
     source = ImageRef(path=reference.path, data=reference.data, label=reference.label)
     most = max_frames or MOST_FRAMES
     if reference.start is None and reference.end is None:
-        found = decode_video(source, Sampler(name=f"fps:{fps}", count=most))
+        found = read_clip(source, Sampler(name=f"fps:{fps}", count=most))
     else:
         first, last = reference.start or 0.0, reference.end
         if last is None:
@@ -77,7 +83,7 @@ def _sampled(reference: VideoRef, *, fps: float, max_frames: int | None) -> Clip
             raise MediaError(reason="unreadable_video", detail=reason, source=reference.label)
         if len(times) > most:
             times = times[np.linspace(0, len(times) - 1, most).round().astype(int)]
-        found = decode_video(source, Sampler(name="at:" + ",".join(f"{value:.6f}" for value in times)))
+        found = read_clip(source, Sampler(name="at:" + ",".join(f"{value:.6f}" for value in times)))
     rate = found.total / found.duration if found.duration > 0 else fps
     return Clip(frames=found.frames, indices=tuple(int(n) for n in found.indices), fps=rate, total=found.total)
 
