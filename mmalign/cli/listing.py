@@ -11,7 +11,7 @@ import typer
 
 from mmalign.registry import Registry
 
-Kind = Literal["methods", "objectives", "models", "formats"]
+Kind = Literal["methods", "objectives", "models", "formats", "samplers"]
 _GAP = "  "
 
 
@@ -21,9 +21,9 @@ def register(app: typer.Typer) -> None:
 
 
 def list_names(
-    what: Annotated[Kind, typer.Argument(metavar="methods|objectives|models|formats", help="Which names to list.")],
+    what: Annotated[Kind, typer.Argument(metavar="methods|objectives|models|formats|samplers", help="Which names to list.")],
 ) -> None:
-    """List methods, objectives, model families or data formats.
+    """List methods, objectives, model families, data formats or samplers of answers.
 
     Rewards have a command of their own: mmalign rewards list.
     """
@@ -62,6 +62,10 @@ def _registry(what: Kind) -> Registry[Any]:
         from mmalign.models.table import MODELS
 
         return MODELS
+    if what == "samplers":
+        from mmalign.sampling import ANSWER_SAMPLERS
+
+        return ANSWER_SAMPLERS
     from mmalign.data import FORMATS
 
     return FORMATS

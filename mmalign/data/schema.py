@@ -151,6 +151,34 @@ def conversation_schema(rewards: Sequence[str] = (), *, paired: bool = True) -> 
     return pa.schema(fields, metadata=_metadata(fields, "conversations"))
 
 
+def sampled_schema(kind: str, scores: Sequence[str] = ()) -> pa.Schema:
+    """The Arrow schema of answers that a model made (``mmalign generate`` with a sampler).
+
+    Args:
+        kind: ``pairs`` (columns `chosen` and `rejected`) or ``lists`` (`answers`).
+        scores: names in the `scores` column, each holding one number per answer.
+    """
+    import pyarrow as pa
+
+    clip = pa.struct(
+        [*video_type(), pa.field("frames", pa.list_(image_type())), *(pa.field(n, pa.float64()) for n in ("fps", "start", "end"))]
+    )
+    answers = ("chosen", "rejected") if kind == "pairs" else ("answers",)
+    fields = [
+        ("id", pa.string()),
+        ("prompt", messages_type()),
+        *((name, messages_type() if kind == "pairs" else pa.list_(messages_type())) for name in answers),
+        ("images", pa.list_(image_type())),
+        ("videos", pa.list_(clip)),
+        ("stage", pa.int32()),
+        ("group", pa.string()),
+        ("meta", pa.string()),
+    ]
+    if scores:
+        fields.append(("scores", pa.struct([(name, pa.list_(pa.float32())) for name in scores])))
+    return pa.schema(fields, metadata=_metadata(fields, "conversations"))
+
+
 def _metadata(fields: list[tuple[str, pa.DataType]], schema: str) -> dict[str, str]:
     import pyarrow as pa
 

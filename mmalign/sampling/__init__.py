@@ -1,0 +1,17 @@
+"""Answers made for training: one sampler per file, behind ``mmalign generate CONFIG`` with a key ``sampler``.
+
+A sampler turns rows of a table of questions (or of answers) into pairs or lists of answers; the job around it reads the table,
+loads the model, resumes and shards, writes media, provenance and refusals, and prints the report.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmalign.registry import Registry
+
+ANSWER_SAMPLERS: Registry[Any] = Registry("answer sampler")
+ANSWER_SAMPLERS.add(
+    "candidates", "mmalign.sampling.candidates:Candidates",
+    summary="several answers to every question, scored by judges where named: lists",
+)  # fmt: skip
