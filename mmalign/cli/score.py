@@ -47,7 +47,9 @@ def score(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="Precision of encoders: fp32, bf16, fp16.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
-    workers: Annotated[int, typer.Option(min=1, help="Decoding threads per process.")] = 4,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Decoding threads per process; by default the cores shared between them.")
+    ] = None,
     ensemble: Annotated[
         list[str] | None,
         typer.Option(
@@ -69,6 +71,7 @@ def score(
 ) -> int:
     """Score images against their prompts; one row per input row, one column per reward. Resumes where it stopped."""
     from mmalign.errors import DataError
+    from mmalign.rewards.reading import default_workers
     from mmalign.scoring.ensembles import parse_ensemble
     from mmalign.scoring.job import Job
     from mmalign.scoring.run import timed
@@ -85,7 +88,7 @@ def score(
     job = Job(
         input=str(source), rewards=names, out=str(out), paths=paths, revisions=revisions, columns=columns,
         root=str(root) if root else None, limit=limit, batch_size=_batch_size(batch_size), device=device, dtype=dtype,
-        workers=workers, resume=resume, local_files_only=local_files_only, compile=compile,
+        workers=workers or max(1, default_workers() // processes), resume=resume, local_files_only=local_files_only, compile=compile,
         ensembles=tuple(parse_ensemble(item) for item in ensemble or []), precision_check=precision_check,
         embeddings=str(embeddings) if embeddings else None,
     )  # fmt: skip

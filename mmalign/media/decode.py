@@ -208,11 +208,15 @@ def _stored_rotation(image: Image.Image) -> bool:
 def _finish(image: Image.Image, data: bytes, kind: Kind, flags: list[str], keep_stored: bool) -> Decoded:
     if kind is PNG and data[24:25] == b"\x10":
         flags.append("16bit")
-    rgb = _colours(image, flags)
+    plain = image.mode == "RGB" and kind in (JPEG, PNG) and "transparency" not in image.info
+    # Copying holds Python's lock for longer than decoding takes a thread, so what is RGB already is handed on as it is.
+    rgb = image if plain else _colours(image, flags)
     stored = _stored(image) if keep_stored else None
     method = _rotation(image, flags)
     if method is not None:
         rgb, stored = rgb.transpose(method), None if stored is None else stored.transpose(method)
+    elif plain:
+        image.info = {}
     # Asked last: looking for a second frame moves the file away from the first. Only some plug-ins define it.
     if kind is not JPEG and getattr(image, "is_animated", False):
         flags.append("multipage" if kind is TIFF else "animated")

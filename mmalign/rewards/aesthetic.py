@@ -59,6 +59,10 @@ class Aesthetic(EncodingBackend):
     def image_tower(self) -> VisionTower:
         return self.clip.image_tower
 
+    @property
+    def reads_first(self) -> bool:
+        return self.clip.reads_first
+
     def finish_images(self, states: Tensor) -> Tensor:
         return self.clip.finish_images(states)
 

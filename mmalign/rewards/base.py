@@ -32,7 +32,7 @@ class Texts:
     def rows(self, index: Tensor) -> Texts:
         """The chosen prompts, in order."""
         return Texts(
-            tensors=tuple(value[index.to(value.device)] for value in self.tensors),
+            tensors=tuple(value[index.to(value.device, non_blocking=True)] for value in self.tensors),
             truncated=self.truncated[index.cpu()],
         )
 
@@ -97,9 +97,14 @@ class EncodingBackend(Backend):
         """The tower `encode_images` runs, whose first blocks may be shared with other rewards; None: it runs another network."""
         return None
 
+    @property
+    def reads_first(self) -> bool:
+        """Whether `finish_images` reads the first state alone, so that the last block need not make the others."""
+        return False
+
     def finish_images(self, states: Tensor) -> Tensor:
-        """What `encode_images` makes of the states after the last block of `image_tower`: ``[n, 1 + patches, width]`` ->
-        ``[n, ...]``.
+        """What `encode_images` makes of the states after the last block of `image_tower`: ``[n, 1 + patches, width]``, or
+        ``[n, 1, width]`` where `reads_first`, -> ``[n, ...]``.
 
         Raises:
             RewardError: the reward has no such tower.

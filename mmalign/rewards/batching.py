@@ -43,7 +43,7 @@ def in_batches(
             batch = torch.cat([batch, batch.new_zeros((size - count, *batch.shape[1:]))])
         try:
             with torch.inference_mode():
-                if backend.device.type == "cuda":
+                if backend.device.type == "cuda" and batch.device.type == "cpu":
                     batch = batch.pin_memory().to(backend.device, non_blocking=True)
                 found = encode(normalise(batch, backend.mean, backend.std))
                 out.extend(zip(*(value[:count] for value in found), strict=True))

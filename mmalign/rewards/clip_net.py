@@ -54,12 +54,23 @@ class Block(nn.Module):
         self.up = nn.Linear(shape.width, shape.mlp)
         self.down = nn.Linear(shape.mlp, shape.width)
 
-    def forward(self, states: Tensor, *, causal: bool) -> Tensor:  # [N, L, width]
+    def forward(self, states: Tensor, *, causal: bool, first: bool = False) -> Tensor:
+        """States ``[N, L, width]`` -> the same, or ``[N, 1, width]`` with `first`: the first position alone, which sees all."""
         rows, length, width = states.shape
-        qkv = self.qkv(self.norm1(states)).view(rows, length, 3, self.heads, width // self.heads)
+        normed = self.norm1(states)
+        if first:
+            weight, bias = self.qkv.weight, self.qkv.bias
+            query = F.linear(normed[:, :1], weight[:width], bias[:width]).view(rows, 1, self.heads, -1).transpose(1, 2)
+            both = F.linear(normed, weight[width:], bias[width:]).view(rows, length, 2, self.heads, width // self.heads)
+            key, value = both.permute(2, 0, 3, 1, 4)
+            return self._finish(states[:, :1], F.scaled_dot_product_attention(query, key, value))
+        qkv = self.qkv(normed).view(rows, length, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
-        states = states + self.out(mixed.transpose(1, 2).reshape(rows, length, width))
+        return self._finish(states, F.scaled_dot_product_attention(query, key, value, is_causal=causal))
+
+    def _finish(self, states: Tensor, mixed: Tensor) -> Tensor:
+        """What follows attention: states ``[N, L, width]``, mixed values ``[N, heads, L, width / heads]``."""
+        states = states + self.out(mixed.transpose(1, 2).reshape(states.shape))
         return states + self.down(_activate(self.up(self.norm2(states)), self.activation))
 
 
@@ -160,8 +171,14 @@ class ClipNet(nn.Module):
         return pixels + tokens * (8 * tower.width + 2 * tower.mlp) * self.vision.positions.element_size()
 
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """Normalised float pixels ``[N, 3, s, s]`` -> float32 ``[N, embedding]``, not normalised."""
-        return self.vision.pool(self.vision(pixels))
+        """Normalised float pixels ``[N, 3, s, s]`` -> float32 ``[N, embedding]``, not normalised.
+
+        Only the first position is pooled, so the last block computes no other.
+        """
+        states = self.vision.stem(pixels)
+        for block in self.vision.blocks[:-1]:
+            states = block(states, causal=False)
+        return self.vision.pool(self.vision.blocks[-1](states, causal=False, first=True))
 
     def embed_texts(self, ids: Tensor) -> Tensor:
         """Token ids ``[N, L]`` -> float32 ``[N, embedding]``, not normalised."""

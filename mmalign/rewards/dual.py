@@ -75,11 +75,15 @@ class DualEncoder(EncodingBackend):
         return fixed.get(self.value) or float(self.net.logit_scale.exp())
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        return self.finish_images(self.net.vision(pixels))
+        return unit(self.net.embed_images(pixels))
 
     @property
     def image_tower(self) -> VisionTower:
         return self.net.vision
+
+    @property
+    def reads_first(self) -> bool:
+        return True
 
     def finish_images(self, states: Tensor) -> Tensor:
         return unit(self.net.vision.pool(states))
@@ -89,7 +93,7 @@ class DualEncoder(EncodingBackend):
 
     def encode_texts(self, prompts: Sequence[str]) -> Texts:
         tokens = self.tokenizer([self.prefix + prompt for prompt in prompts])
-        vectors = unit(self.net.embed_texts(tokens.ids.to(self.device)))
+        vectors = unit(self.net.embed_texts(tokens.ids.to(self.device, non_blocking=True)))
         return Texts(tensors=(vectors,), truncated=tokens.truncated)
 
     def pair(self, images: Tensor, texts: Texts | None) -> Tensor:

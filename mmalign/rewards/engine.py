@@ -1,13 +1,13 @@
 """Scores rows with several rewards at once, doing nothing twice.
 
 Per window of rows: files are read and identified on threads while the previous window computes; each distinct picture is
-decoded once, resized once per preprocessing id and encoded once per distinct encoder; each distinct prompt likewise. Knows
-no file format of tables and writes nothing.
+decoded once, resized once per preprocessing id and encoded once per distinct encoder; each distinct prompt likewise. Scores of
+a window are collected when the next one is under way, so that a GPU does not wait for that. Knows no file format of tables and
+writes nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -16,16 +16,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from mmalign.media import DEFAULT, Limits, MediaError
+from mmalign.media import DEFAULT, Limits
 from mmalign.rewards.base import Backend, Details, DirectBackend, EncodingBackend, Texts
 from mmalign.rewards.batching import EncodeEach, batch_for, in_batches, stack_padded
 from mmalign.rewards.errors import InputError, ScoringError
-from mmalign.rewards.inputs import Picture, read_picture
+from mmalign.rewards.launching import Encoded, Launched, pair_rows, windows
 from mmalign.rewards.prefixes import Group, Hashes, group_encoders
+from mmalign.rewards.reading import Reader, Window, default_workers
 from mmalign.rewards.results import ResultTable
+from mmalign.rewards.staging import DeviceResize
 from mmalign.rewards.tokens import END, START
 
 CACHED_VECTORS = 16384
@@ -48,52 +49,41 @@ class Counters:
     decode_wait_seconds: float = 0.0
 
 
-@dataclass(slots=True)
-class _Loaded:
-    """One distinct picture of a window."""
-
-    pixels: dict[str, Tensor] = field(default_factory=dict)  # preprocessing key -> [3, s, s]
-    pixel_digests: dict[str, bytes] = field(default_factory=dict)
-    """Of `pixels`: two rules that give the same pixels share one encoding."""
-    image: Image.Image | None = None
-    flags: tuple[str, ...] = ()
-    reason: str | None = None
-    message: str | None = None
-
-
-@dataclass(slots=True)
-class _Window:
-    start: int
-    digests: list[bytes]
-    pictures: dict[bytes, _Loaded]
-
-
 class Engine:
     """Feeds loaded rewards.
 
     Args:
         backends: the rewards; equal encoders among them are used once.
-        workers: threads that read, decode and resize.
+        workers: threads that read, decode and resize; None: one per core.
         limits: what is too large to decode.
         compile: run image encoders through `torch.compile`, in batches of one fixed size.
     """
 
     def __init__(
-        self, backends: Sequence[Backend], *, workers: int = 4, limits: Limits = DEFAULT, compile: bool = False
+        self,
+        backends: Sequence[Backend],
+        *,
+        workers: int | None = None,
+        limits: Limits = DEFAULT,
+        compile: bool = False,
     ) -> None:
         self.backends, self.compile = list(backends), compile
         self.graphs: dict[tuple[str, ...], EncodeEach] = {}
-        self.workers, self.limits = max(1, workers), limits
+        self.workers, self.limits = default_workers() if workers is None else max(1, workers), limits
         self.counters = Counters()
         self._vectors: dict[str, OrderedDict[bytes, Tensor]] = {}
         self._texts: dict[str, OrderedDict[str, tuple[tuple[Tensor, ...], bool]]] = {}
         encoders = [backend for backend in self.backends if isinstance(backend, EncodingBackend)]
-        self._preprocess = {backend.preprocess.key: backend.preprocess for backend in encoders}
         self.hashes: Hashes = {}
         self._encoders = {_picture_key(backend): backend for backend in encoders}
         self._groups: dict[str, Group] = {}
-        self._needs_stored = any(rule.needs_stored for rule in self._preprocess.values())
-        self._needs_image = any(isinstance(backend, DirectBackend) for backend in self.backends)
+        places = {backend.device for backend in encoders}
+        only = next(iter(places)) if len(places) == 1 else torch.device("cpu")
+        self.reader = Reader(
+            {backend.preprocess.key: backend.preprocess for backend in encoders},
+            keep_image=any(isinstance(backend, DirectBackend) for backend in self.backends),
+            limits=limits, stage=DeviceResize(only) if only.type == "cuda" else None,
+        )  # fmt: skip
 
     def run(
         self,
@@ -122,27 +112,33 @@ class Engine:
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         size = batch_size or self._default_batch()
-        window = 2 * size
         results = {backend.name: ResultTable(len(images)) for backend in self.backends}
-        starts = range(0, len(images), window)
+        spans = windows(len(images), size)
         with ThreadPoolExecutor(self.workers) as pool, ThreadPoolExecutor(1) as ahead:
-            pending: Future[_Window] | None = None
-            for start in starts:
-                if pending is None:
-                    pending = ahead.submit(self._read, images[start : start + window], start, pool)
+
+            def read(number: int) -> Future[Window] | None:
+                if number >= len(spans):
+                    return None
+                start, stop = spans[number]
+                return ahead.submit(self.reader.read, images[start:stop], start, pool)
+
+            pending, running = read(0), None
+            for number, (start, stop) in enumerate(spans):
                 asked = time.perf_counter()
-                ready = pending.result()
+                ready = pending.result() if pending is not None else None
                 self.counters.decode_wait_seconds += time.perf_counter() - asked
-                after = start + window
-                pending = (
-                    ahead.submit(self._read, images[after : after + window], after, pool)
-                    if after < len(images)
-                    else None
-                )
-                self._score_window(ready, prompts[start : start + window], size, results, on_error, embeddings)
-                self.counters.rows += len(ready.digests)
-                if progress is not None:
-                    progress(len(ready.digests))
+                self.counters.decoded += ready.decoded if ready is not None else 0
+                pending = read(number + 1)
+                started = None
+                if ready is not None:
+                    started = self._launch(ready, prompts[start:stop], size, on_error, embeddings)
+                for finished in (running, started if number + 1 == len(spans) else None):
+                    if finished is not None:
+                        self._collect(finished, size, results, on_error)
+                        self.counters.rows += len(finished.window.digests)
+                        if progress is not None:
+                            progress(len(finished.window.digests))
+                running = started
         return {name: table.details() for name, table in results.items()}
 
     def _default_batch(self) -> int:
@@ -153,63 +149,49 @@ class Engine:
         needed = max((b.bytes_per_image() for b in self.backends if isinstance(b, EncodingBackend)), default=0)
         return batch_for(min(torch.cuda.mem_get_info(device)[0] for device in devices), needed)
 
-    # ------------------------------------------------------------------ reading
-
-    def _read(self, images: Sequence[Any], start: int, pool: ThreadPoolExecutor) -> _Window:
-        # The same object may stand in many rows; a lazily opened picture must not be loaded by two threads at once.
-        objects = {id(entry): entry for entry in images}
-        known = dict(zip(objects, pool.map(self._identify, objects.values()), strict=True))
-        identified = [known[id(entry)] for entry in images]
-        digests = [
-            picture.digest if isinstance(picture, Picture) else f"failed row {start + row}".encode()
-            for row, picture in enumerate(identified)
-        ]
-        first = dict(reversed(list(zip(digests, identified, strict=True))))
-        loaded = dict(zip(first, pool.map(self._load, first.values()), strict=True))
-        self.counters.decoded += sum(picture.reason is None for picture in loaded.values())
-        return _Window(start=start, digests=digests, pictures=loaded)
-
-    def _identify(self, entry: Any) -> Picture | MediaError:
-        try:
-            return read_picture(entry, self.limits)
-        except MediaError as error:
-            return error
-
-    def _load(self, picture: Picture | MediaError) -> _Loaded:
-        if isinstance(picture, MediaError):
-            return _Loaded(reason=picture.reason, message=str(picture))
-        try:
-            decoded = picture.decode(self.limits, keep_stored=self._needs_stored)
-        except MediaError as error:
-            return _Loaded(reason=error.reason, message=str(error))
-        image = decoded.image
-        pixels = {key: rule.from_image(image, decoded.stored) for key, rule in self._preprocess.items()}
-        digests = {key: hashlib.blake2b(value.numpy().data, digest_size=16).digest() for key, value in pixels.items()}
-        return _Loaded(
-            pixels=pixels, pixel_digests=digests, image=image if self._needs_image else None, flags=decoded.flags
-        )
-
     # ------------------------------------------------------------------ scoring
 
-    def _score_window(
-        self,
-        window: _Window,
-        prompts: Sequence[str],
-        size: int,
-        results: dict[str, ResultTable],
-        on_error: str,
-        embeddings: bool,
-    ) -> None:
-        bad = {digest for digest, picture in window.pictures.items() if picture.reason is not None}
+    def _launch(self, window: Window, prompts: Sequence[str], size: int, on_error: str, embeddings: bool) -> Launched:
+        """Start the encoders on a window without waiting for a GPU."""
         for row, digest in enumerate(window.digests):
             picture = window.pictures[digest]
             if picture.reason is not None and on_error == "raise":
                 raise ScoringError(window.start + row, picture.reason, picture.message or "")
-        rows = [row for row, digest in enumerate(window.digests) if digest not in bad]
-        encoded: dict[str, tuple[dict[bytes, int], Tensor]] = {}
+        rows = [row for row, digest in enumerate(window.digests) if window.pictures[digest].reason is None]
+        readable = [row for row in rows if _is_text(prompts[row])]
+        started = Launched(window=window, prompts=prompts, rows=rows, readable=readable)
+        images: Encoded = {}
         texts: dict[str, tuple[dict[str, int], Texts]] = {}
-        broken = {row for row in rows if not _is_text(prompts[row])}
-        readable = [row for row in rows if row not in broken]
+        for backend in self.backends:
+            usable = started.usable(backend)
+            if usable and isinstance(backend, EncodingBackend):
+                key = _picture_key(backend)
+                if key not in images:
+                    images.update(self._encode_images(self._group(key), window, rows, size))
+                if backend.text_key and backend.text_key not in texts:
+                    texts[backend.text_key] = self._encode_texts(backend, [prompts[row] for row in usable], size)
+                started.scored[backend.name] = [
+                    pair_rows(
+                        backend,
+                        started,
+                        usable[first : first + size],
+                        images[key],
+                        texts.get(backend.text_key),
+                        embeddings,
+                    )
+                    for first in range(0, len(usable), size)
+                ]
+        for device in {backend.device for backend in self.backends if backend.device.type == "cuda"}:
+            started.done.append(torch.cuda.Event())
+            started.done[-1].record(torch.cuda.current_stream(device))
+        return started
+
+    def _collect(self, started: Launched, size: int, results: dict[str, ResultTable], on_error: str) -> None:
+        """Wait for a window and write its rows into the tables."""
+        window, prompts = started.window, started.prompts
+        broken = set(started.rows) - set(started.readable)
+        for event in started.done:
+            event.synchronize()
         for backend in self.backends:
             table, needing = results[backend.name], backend.card.needs_prompt
             for row, digest in enumerate(window.digests):
@@ -218,51 +200,17 @@ class Engine:
                 table.set_row(window.start + row, picture.reason, picture.message, picture.flags + noted)
                 if needing and row in broken:
                     table.set_row(window.start + row, "bad_prompt", "half a surrogate pair is no text", picture.flags)
-            usable = readable if needing else rows
-            if usable and isinstance(backend, EncodingBackend):
-                self._score_encoding(backend, window, prompts, (rows, usable), size, table, encoded, texts, embeddings)
-            elif usable and isinstance(backend, DirectBackend):
+            for part in started.scored.get(backend.name, ()):
+                table.set_scores(part.rows, part.values, part.truncated)
+                if part.vectors is not None:
+                    table.set_embeddings(part.rows, part.vectors)
+            usable = started.usable(backend)
+            if usable and isinstance(backend, DirectBackend):
                 _score_direct(backend, window, prompts, usable, size, table)
             if on_error == "raise":
                 table.raise_first(window.start, len(window.digests), backend.name)
 
-    def _score_encoding(
-        self,
-        backend: EncodingBackend,
-        window: _Window,
-        prompts: Sequence[str],
-        all_and_usable: tuple[list[int], list[int]],
-        size: int,
-        table: ResultTable,
-        encoded: dict[str, tuple[dict[bytes, int], Tensor]],
-        texts: dict[str, tuple[dict[str, int], Texts]],
-        embeddings: bool,
-    ) -> None:
-        everything, rows = all_and_usable
-        key = _picture_key(backend)
-        if key not in encoded:
-            encoded.update(self._encode_images(self._group(key), window, everything, size))
-        if backend.text_key and backend.text_key not in texts:
-            texts[backend.text_key] = self._encode_texts(backend, [prompts[row] for row in rows], size)
-        image_rows, features = encoded[key]
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            chosen = features[torch.tensor([image_rows[window.digests[row]] for row in part], device=features.device)]
-            text: Texts | None = None
-            if backend.text_key:
-                text_rows, all_texts = texts[backend.text_key]
-                text = all_texts.rows(torch.tensor([text_rows[prompts[row]] for row in part]))
-            with torch.inference_mode():
-                scores = backend.pair(chosen, text).float().cpu()
-                vectors = backend.embedding(chosen) if embeddings else None
-            truncated = text.truncated if text is not None else torch.zeros(len(part), dtype=torch.bool)
-            table.set_scores([window.start + row for row in part], scores, truncated)
-            if vectors is not None:
-                table.set_embeddings([window.start + row for row in part], vectors.float().cpu())
-
-    def _encode_images(
-        self, group: Group, window: _Window, rows: list[int], size: int
-    ) -> dict[str, tuple[dict[bytes, int], Tensor]]:
+    def _encode_images(self, group: Group, window: Window, rows: list[int], size: int) -> Encoded:
         """For every member of a group: the row of each picture, and the encodings."""
         first = next(iter(group.members.values()))
         rule = first.preprocess.key
@@ -369,7 +317,7 @@ def _is_text(prompt: str) -> bool:
 
 
 def _score_direct(
-    backend: DirectBackend, window: _Window, prompts: Sequence[str], rows: list[int], size: int, table: ResultTable
+    backend: DirectBackend, window: Window, prompts: Sequence[str], rows: list[int], size: int, table: ResultTable
 ) -> None:
     distinct = list(dict.fromkeys((window.digests[row], prompts[row]) for row in rows))
     answers: dict[tuple[bytes, str], tuple[float, str | None, bool, Any]] = {}

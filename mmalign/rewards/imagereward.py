@@ -57,7 +57,8 @@ class ImageReward(EncodingBackend):
         for index, row in enumerate(rows):
             ids[index, : len(row)], mask[index, : len(row)] = torch.tensor(row), 1
         truncated = torch.tensor([len(body) > MAX_TOKENS - 2 for body in bodies], dtype=torch.bool)
-        return Texts(tensors=(ids.to(self.device), mask.to(self.device)), truncated=truncated)
+        placed = (ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True))
+        return Texts(tensors=placed, truncated=truncated)
 
     def pair(self, images: Tensor, texts: Texts | None) -> Tensor:
         if texts is None:

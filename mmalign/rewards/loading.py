@@ -26,11 +26,11 @@ Paths = str | Path | Mapping[str, str | Path] | None
 
 @overload
 def load(name: str, path: Paths = None, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
-         *, workers: int = 4, limits: Limits = DEFAULT, local_files_only: bool = False, compile: bool = False, **options: Any,
-         ) -> Scorer: ...  # fmt: skip
+         *, workers: int | None = None, limits: Limits = DEFAULT, local_files_only: bool = False, compile: bool = False,
+         **options: Any) -> Scorer: ...  # fmt: skip
 @overload
 def load(name: Sequence[str], path: Paths = None, device: str | torch.device | None = None,
-         dtype: str | torch.dtype | None = None, *, workers: int = 4, limits: Limits = DEFAULT,
+         dtype: str | torch.dtype | None = None, *, workers: int | None = None, limits: Limits = DEFAULT,
          local_files_only: bool = False, compile: bool = False, **options: Any) -> ScorerSet: ...  # fmt: skip
 def load(
     name: str | Sequence[str],
@@ -38,7 +38,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     *,
-    workers: int = 4,
+    workers: int | None = None,
     limits: Limits = DEFAULT,
     local_files_only: bool = False,
     compile: bool = False,
@@ -52,7 +52,7 @@ def load(
         path: local weights; for a list, a mapping from name to path.
         device: torch device; CUDA where there is one by default.
         dtype: precision of the encoders (``fp32``, ``bf16``, ``fp16``); heads and scores are float32 always.
-        workers: threads that read, decode and resize.
+        workers: threads that read, decode and resize; one per core by default.
         compile: run image encoders through `torch.compile`: worth it for many pictures, and needs a compiler.
         options: of the reward itself, such as ``scale="cosine"``; not with a list.
 

@@ -149,7 +149,7 @@ class Mps(EncodingBackend):
     def _text_tokens(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         # All positions take part, padding included, so every prompt has the full length.
         tokens = self.tokenizer(prompts, full_length=True)
-        ids = tokens.ids.to(self.device)
+        ids = tokens.ids.to(self.device, non_blocking=True)
         states = self.net.clip.text(ids)
         return self.net.clip.text.project_all(states), self.net.clip.text.pool(states, ids), tokens.truncated
 

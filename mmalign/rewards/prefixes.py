@@ -65,12 +65,17 @@ class Group:
         here = [key for key in branch.members if key in only]
         if not here:
             return
-        for block in _tower(self.members[here[0]]).blocks[branch.start : branch.stop]:
+        blocks = _tower(self.members[here[0]]).blocks
+        last = None if branch.branches else blocks[branch.stop - 1]
+        for block in blocks[branch.start : branch.stop - (last is not None)]:
             states = block(states, causal=False)
         for child in branch.branches:
             self._walk(child, states, only, found)
-        if not branch.branches:
-            found.update({key: self.members[key].finish_images(states) for key in here})
+        if last is not None:
+            # As each reward alone would run it: whoever reads the first state only has no other one made.
+            kinds = {self.members[key].reads_first for key in here}
+            ways = {first: last(states, causal=False, first=first) for first in kinds}
+            found.update({key: self.members[key].finish_images(ways[self.members[key].reads_first]) for key in here})
 
 
 def group_encoders(encoders: Mapping[str, EncodingBackend], hashes: Hashes) -> list[Group]:

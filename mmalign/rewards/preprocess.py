@@ -16,11 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from mmalign.media import stored_to_rgb
+from mmalign.rewards.resample import pass_order, resize_crop_exact
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MOST_PIXELS = 2**25
 """Of a resized picture before it is cropped: at 224 pixels, sides as 1 to 660."""
+MOST_SHRINKING = 8
+"""Longest side over the letterbox that torch's antialiased resize is asked for on a GPU; its kernel has a limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,25 +64,50 @@ class Preprocess:
         if self.id.startswith("hps"):
             pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float().div_(255)
             return self._letterbox(pixels[None])[0].contiguous()
-        width, height = image.size
-        new_width, new_height = _shortest_side(width, height, self.size)
-        left, top = self._offset(new_width), self._offset(new_height)
+        resized, (left, top) = self._crop(image.size)
         source = stored if stored is not None and self.needs_stored else image
-        if (new_width, new_height) == (width, height):
+        if resized == image.size:
             cut = source.crop((left, top, left + self.size, top + self.size))
         else:
-            cut = _resize_crop(source, (new_width, new_height), (left, top), self.size)
+            cut = _resize_crop(source, resized, (left, top), self.size)
         return _to_uint8(cut if source is image else stored_to_rgb(cut))
+
+    def fits_device(self, stored: tuple[int, int]) -> bool:
+        """Whether `from_planes` gives what `from_image` gives for pictures of this size, (width, height)."""
+        if self.id.startswith("hps"):
+            return max(stored) <= MOST_SHRINKING * self.size
+        resized, offset = self._crop(stored)
+        if resized[0] * resized[1] > MOST_PIXELS:
+            return False
+        return resized == stored or pass_order(stored, resized, offset, self.size) is not None
+
+    def geometry(self, stored: tuple[int, int]) -> bytes:
+        """Equal for two rules that make equal pixels of every RGB picture of this size."""
+        return (f"{self.key}" if self.id.startswith("hps") else f"{self._crop(stored)}{self.size}").encode()
+
+    def from_planes(self, planes: Tensor) -> Tensor:
+        """As `from_image` for an RGB picture given as uint8 ``[3, H, W]``, on its device: crops bit for bit, letterboxes to
+        the rounding of float32. Only for sizes that `fits_device` knows."""
+        if self.id.startswith("hps"):
+            return self._letterbox(planes.float().div_(255)[None])[0].contiguous()
+        stored = (planes.shape[2], planes.shape[1])
+        resized, offset = self._crop(stored)
+        order = resized != stored and pass_order(stored, resized, offset, self.size)
+        return resize_crop_exact(planes, resized, offset, self.size, vertical_first=bool(order))
+
+    def _crop(self, stored: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(width, height) after the resize, and where the square lies in it."""
+        resized = _shortest_side(*stored, self.size)
+        return resized, (self._offset(resized[0]), self._offset(resized[1]))
 
     def from_tensor(self, pixels: Tensor) -> Tensor:
         """Float ``[N, 3, H, W]`` in [0, 1] -> ``[N, 3, size, size]``, differentiable; the identity where sizes fit."""
         if self.id.startswith("hps"):
             return self._letterbox(pixels)
         height, width = pixels.shape[-2:]
-        new_width, new_height = _shortest_side(width, height, self.size)
+        (new_width, new_height), (left, top) = self._crop((width, height))
         if (new_width, new_height) != (width, height):
             pixels = _bicubic(pixels, (new_height, new_width), antialias=True).clamp(0, 1)
-        left, top = self._offset(new_width), self._offset(new_height)
         return pixels[..., top : top + self.size, left : left + self.size]
 
     def _offset(self, length: int) -> int:
@@ -100,8 +128,9 @@ class Preprocess:
 def normalise(pixels: Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD) -> Tensor:
     """uint8 or float [0, 1] ``[N, 3, h, w]`` -> float32 with mean and deviation removed, on the same device."""
     values = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
-    centre = torch.tensor(mean, device=values.device).view(3, 1, 1)
-    return (values - centre) / torch.tensor(std, device=values.device).view(3, 1, 1)
+    # A plain copy to a GPU would wait for everything it still has to do.
+    centre, spread = (torch.tensor(row).view(3, 1, 1).to(values.device, non_blocking=True) for row in (mean, std))
+    return (values - centre) / spread
 
 
 def _shortest_side(width: int, height: int, size: int) -> tuple[int, int]:

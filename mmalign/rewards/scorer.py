@@ -22,7 +22,9 @@ Progress = Callable[[int], None]
 class Scorer:
     """One loaded reward. Scores are float32 on the CPU, higher is better."""
 
-    def __init__(self, backend: Backend, *, workers: int = 4, limits: Limits = DEFAULT, compile: bool = False) -> None:
+    def __init__(
+        self, backend: Backend, *, workers: int | None = None, limits: Limits = DEFAULT, compile: bool = False
+    ) -> None:
         self.backend = backend
         self.engine = Engine([backend], workers=workers, limits=limits, compile=compile)
 
@@ -140,7 +142,12 @@ class ScorerSet:
     """Several rewards over the same rows: files are decoded once, equal preprocessing and encoders are shared."""
 
     def __init__(
-        self, backends: Sequence[Backend], *, workers: int = 4, limits: Limits = DEFAULT, compile: bool = False
+        self,
+        backends: Sequence[Backend],
+        *,
+        workers: int | None = None,
+        limits: Limits = DEFAULT,
+        compile: bool = False,
     ) -> None:
         self.backends = list(backends)
         self.engine = Engine(self.backends, workers=workers, limits=limits, compile=compile)

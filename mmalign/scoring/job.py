@@ -44,7 +44,8 @@ class Job:
     batch_size: int | None = None
     device: str | None = None
     dtype: str | None = None
-    workers: int = 4
+    workers: int | None = None
+    """Threads that read and decode, per process; None: one per core."""
     resume: bool = True
     local_files_only: bool = False
     compile: bool = False
