@@ -88,7 +88,8 @@ def score(
     job = Job(
         input=str(source), rewards=names, out=str(out), paths=paths, revisions=revisions, columns=columns,
         root=str(root) if root else None, limit=limit, batch_size=_batch_size(batch_size), device=device, dtype=dtype,
-        workers=workers or max(1, default_workers() // processes), resume=resume, local_files_only=local_files_only, compile=compile,
+        workers=workers or max(1, default_workers() // processes),
+        resume=resume, local_files_only=local_files_only, compile=compile,
         ensembles=tuple(parse_ensemble(item) for item in ensemble or []), precision_check=precision_check,
         embeddings=str(embeddings) if embeddings else None,
     )  # fmt: skip
