@@ -22,6 +22,7 @@ from mmalign.models.reference import AdapterOffReference
 from mmalign.models.stored_answers import StoredAnswers
 from mmalign.models.vlm import VLM_FAMILIES
 from mmalign.models.vlm.base import VlmConfig, VlmFamily
+from mmalign.models.vlm.loading import cast_weights
 from mmalign.trainers.base import Parts
 from mmalign.trainers.vlm_dpo import VlmDPO, VlmDPOConfig
 from mmalign.types import StepContext
@@ -72,7 +73,7 @@ class Ours(Side):
                     "attention": attention, "template_only": template_only}  # fmt: skip
         self.family: VlmFamily = VLM_FAMILIES.get("vlm").load(VlmConfig(**settings), device=device)  # type: ignore[attr-defined]
         if self.family.dtype != torch.float32:
-            self.family.network.to(self.family.dtype)
+            cast_weights(self.family.network, self.family.dtype)
         targets = self.family.lora_targets["language"]
         self.policy = attach_lora(self.family.network, rank=RANK, alpha=2 * RANK, targets=targets, seed=1).train()
         parts = Parts(family=self.family, policy=self.policy, reference=AdapterOffReference(self.policy), steps=1)

@@ -24,6 +24,7 @@ from mmalign.models.reference import (
 from mmalign.models.stored_answers import StoredAnswers, VisionStore
 from mmalign.models.table import MODELS
 from mmalign.models.vlm.base import VlmConfig, VlmFamily
+from mmalign.models.vlm.loading import cast_weights
 from mmalign.registry import did_you_mean
 
 
@@ -84,7 +85,7 @@ def assemble_vlm(config: ExperimentConfig, device: torch.device, rank: int = 0) 
     if name == "precomputed":
         family.fingerprint("reference")  # before anything changes the weights
     if isinstance(config.tuning, LoraConfig) and family.dtype != torch.float32:
-        family.network.to(family.dtype)
+        cast_weights(family.network, family.dtype)
     reference: Reference | StoredAnswers | None = CopyReference(family.copy_network()) if name == "copy" else None
     features = VisionStore(vision_folder(config, family)) if config.data.cache_vision else None
     policy = tune_vlm(config, family)

@@ -87,6 +87,11 @@ class VlmFamily:
     stacked: ClassVar[frozenset[str]] = frozenset()
     """Kinds whose features the model wants as one tensor ``[units, n, D]`` instead of a list."""
 
+    windowed: ClassVar[bool] = False
+    """Whether the vision tower attends within windows of one long row."""
+    splits: bool = False
+    """Whether the language model's layers run the kernel that needs no mask over all pairs of tokens."""
+
     network: nn.Module
     """The model as loaded: the start of the policy, and the base to compare with."""
     processor: Any

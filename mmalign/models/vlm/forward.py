@@ -6,6 +6,7 @@ the call by one that reads only the positions that predict answers and turns the
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from mmalign.branches import BranchBatch, BranchLogps, MediaBatch, VisionFeatures
 from mmalign.errors import ModelError
+from mmalign.models.vlm.kernels import carrying
 from mmalign.models.vlm.layout import Layout, block_mask, build, dense_mask, padding_mask
 from mmalign.objectives.sequence import chunked_log_probs
 
@@ -100,11 +102,12 @@ def log_probs(
         "input_ids": layout.input_ids, "position_ids": layout.position_ids, "use_cache": False,
         **attention_inputs(family, layout),
     }  # fmt: skip
+    found = {}
     if vision is not None and (layout.images or layout.videos):
-        inputs["mm_encoder_outputs"] = encoder_outputs(family, vision, layout.images, layout.videos)
+        found = encoder_outputs(family, vision, layout.images, layout.videos)
     head = AnswerHead(network.lm_head, layout, family.config.chunk, mean_logits=mean_logits)
     with answer_head(network, head), family.autocast():
-        tokens: Tensor = module(**inputs).logits
+        tokens: Tensor = module(**inputs, **media_inputs(network, found)).logits
     return _reduce(batch, layout, tokens, head.mean, per_token)
 
 
@@ -130,6 +133,12 @@ def attention_inputs(family: VlmFamily, layout: Layout) -> dict[str, Any]:
     """The mask arguments of the model's forward."""
     blocks = family.blocks(layout)
     kinds, window = layer_kinds(family)
+    slides = "sliding_attention" in kinds and not (window or 0) >= layout.input_ids.shape[1]
+    if family.splits and blocks is None and layout.hidden is None and not slides:
+        # The same object for every kind of layer: within the window all kinds are one.
+        mask = carrying(layout.plan, layout.input_ids.device)
+        wants_mapping = _takes_mapping(family) and "sliding_attention" in kinds
+        return {"attention_mask": {"full_attention": mask, "sliding_attention": mask} if wants_mapping else mask}
     if layout.single and blocks is None:
         # The library's own causal pass, which counts windows in tokens of the row: the same where a row holds one answer.
         return {"attention_mask": padding_mask(layout)}
@@ -226,6 +235,24 @@ def vision_features(family: VlmFamily, module: nn.Module, media: MediaBatch) -> 
         image, image_deep = encoded("image", media.image)
         video, video_deep = encoded("video", media.video)
     return VisionFeatures(image=image, video=video, image_deep=image_deep, video_deep=video_deep)
+
+
+def media_inputs(network: Any, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The argument by which a network's forward takes features in place of pixels.
+
+    Raises:
+        ModelError: the installed transformers has no such argument, and would leave the media out in silence.
+    """
+    if not found:
+        return {}
+    if "mm_encoder_outputs" not in inspect.signature(type(network).forward).parameters:
+        import transformers
+
+        raise ModelError(
+            f"{type(network).__name__} of transformers {transformers.__version__} takes no ready features of pictures and "
+            "clips; pip install 'transformers>=5.18'"
+        )
+    return {"mm_encoder_outputs": dict(found)}
 
 
 def encoder_outputs(

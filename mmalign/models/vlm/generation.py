@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmalign import rng
 from mmalign.branches import EncodedExample, EncodedRow
-from mmalign.models.vlm.forward import encoder_outputs, inner, vision_features
+from mmalign.models.vlm.forward import encoder_outputs, inner, media_inputs, vision_features
 
 if TYPE_CHECKING:
     from mmalign.models.vlm.base import VlmFamily
@@ -105,7 +105,7 @@ def _group(
         features = vision_features(family, network, media)
         images = tuple(unit for row in media.image_rows for unit in row)
         videos = tuple(unit for row in media.video_rows for unit in row)
-        inputs["mm_encoder_outputs"] = encoder_outputs(family, features, images, videos)
+        inputs |= media_inputs(network, encoder_outputs(family, features, images, videos))
     mask = prompts.attention_mask.to(device)
     logits = network(
         input_ids=prompts.input_ids.to(device), attention_mask=mask, past_key_values=cache, use_cache=True,

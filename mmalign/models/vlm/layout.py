@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mmalign.branches import BranchBatch
+from mmalign.models.vlm.kernels import Document, Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,8 @@ class Layout:
     videos: tuple[int, ...]
     single: bool
     """One prompt and at most one branch in every row: an ordinary causal pass."""
+    plan: Plan
+    """The same as plain numbers, row by row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,7 @@ def build(
         flat=batch.flat.flatten()[aim], offset=batch.offset.flatten()[aim],
         images=_units(batch.media.image_rows, used), videos=_units(batch.media.video_rows, used),
         single=all(len(pieces) == 1 and len(pieces[0].branches) <= 1 for pieces in rows),
+        plan=Plan([_documents(batch, pieces) for pieces in rows]),
     )  # fmt: skip
 
 
@@ -122,6 +126,16 @@ def _plan(batch: BranchBatch, prefix: str, pack: int) -> list[list[_Piece]]:
         else:
             rows.append((size, [piece]))
     return [pieces for _, pieces in rows]
+
+
+def _documents(batch: BranchBatch, pieces: Sequence[_Piece]) -> list[Document]:
+    """What the prompts of a row take up, in order."""
+    found: list[Document] = []
+    for piece in pieces:
+        lengths = tuple(batch.branch_lengths[piece.row][k] for k in piece.branches)
+        start = found[-1].stop if found else 0
+        found.append(Document(start, batch.prefix_lengths[piece.row], lengths))
+    return found
 
 
 def _starts(batch: BranchBatch, row: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from mmalign.errors import ModelError
-from mmalign.models.vlm import MODEL_TYPES, VLM_FAMILIES
+from mmalign.models.vlm import MODEL_TYPES, VLM_FAMILIES, kernels
 
 if TYPE_CHECKING:
     from mmalign.models.vlm.base import VlmConfig, VlmFamily
@@ -35,18 +36,47 @@ def load(cls: type[VlmFamily], config: VlmConfig, device: torch.device) -> VlmFa
     if family.processor.chat_template is None:
         raise ModelError(f"model.path: {config.path} has no chat template (chat_template.jinja), which turns messages into text")
     _check_attention(config, device)
-    network = _read(config, "weights", _network, config)
+    return assemble(family, _read(config, "weights", _network, config), known=name is not None)
+
+
+def assemble(family: VlmFamily, network: Any, *, known: bool = True) -> VlmFamily:
+    """Give a family with its processor the network it runs.
+
+    Args:
+        family: with `processor` and `tokenizer` set.
+        network: as transformers made it.
+        known: whether a family of the table was written for this class.
+    """
+    config = family.config
     for module in network.modules():
         _without_dropout(module)
-    if name is None:
+    if not known:
         _require_usual_shape(network)
-    family.network = network.to(device).eval()
+    family.network = network.to(family.device).eval()
+    if known:
+        _own_kernels(family)
     _own_memory(family.network)
     if config.gradient_checkpointing:
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _name_tokens(family)
     family.lora_targets = _targets(family)
     return family
+
+
+def cast_weights(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Weights in another precision, in place; tables that a model computes for itself stay as they are.
+
+    ``Module.to`` would round those as well: the frequencies of rotary positions in bfloat16 are wrong by up to 0.2 %, which is
+    whole turns some thousand tokens into a prompt. What transformers loads in bfloat16 has them in float32.
+    """
+    for module in network.modules():
+        for value in module.parameters(recurse=False):
+            if value.is_floating_point():
+                value.data = value.data.to(dtype)
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                setattr(module, name, buffer.to(dtype))
+    return network
 
 
 def compile_blocks(network: nn.Module) -> nn.Module:
@@ -142,6 +172,25 @@ def _without_dropout(module: nn.Module) -> None:
     for name in ("attention_dropout", "dropout"):
         if isinstance(vars(module).get(name), float):
             setattr(module, name, 0.0)
+
+
+def _own_kernels(family: VlmFamily) -> None:
+    """Let the layers run the kernels of ``kernels`` where PyTorch's own were asked for."""
+    kernels.register()
+    config, parts = family.config, family.parts()
+    if config.attention == "sdpa" and not config.compile:
+        _use(parts["language"], kernels.BRANCHES)
+        family.splits = True
+    if family.windowed and config.attention in ("sdpa", "flex"):
+        _use(parts["vision"], kernels.SEGMENTS)
+
+
+def _use(parts: Sequence[nn.Module | nn.Parameter], kernel: str) -> None:
+    for part in parts:
+        for module in part.modules() if isinstance(part, nn.Module) else ():
+            settings = vars(module).get("config")
+            if settings is not None:
+                settings._attn_implementation = kernel
 
 
 def _own_memory(network: nn.Module) -> None:

@@ -18,6 +18,7 @@ GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 class Qwen25VL(VlmFamily):
     """Patches of all media lie in one long list; a grid (time, height, width) says where each ends."""
 
+    windowed: ClassVar[bool] = True
     projector_names: ClassVar[tuple[str, ...]] = ()  # the merger is part of the vision tower
 
     def cut(self, inputs: Mapping[str, Any]) -> list[tuple[Literal["image", "video"], dict[str, Tensor]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -63,7 +64,9 @@ def merged(network: Any) -> Any:
         for adapter in layer.active_adapters:
             weight = state[f"{name}.weight"]
             state[f"{name}.weight"] = (weight.float() + layer.get_delta_weight(adapter).float()).to(weight.dtype)  # type: ignore[operator]
-    plain = type(network)._from_config(network.config, dtype=next(iter(state.values())).dtype)
+    config = copy.deepcopy(network.config)
+    config._attn_implementation = "sdpa"  # not the names of kernels that are known in this process alone
+    plain = type(network)._from_config(config, dtype=next(iter(state.values())).dtype)
     plain.load_state_dict(state)
     plain.generation_config = network.generation_config
     return plain.eval()
