@@ -103,9 +103,16 @@ def build_llava(folder: Path, scale_down: int) -> Path:
 
 def build_qwen(folder: Path, scale_down: int) -> Path:
     """Qwen2.5-VL-3B's own proportions with random weights; pictures of 2128 px become 5,776 placeholders."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    config, processor = qwen_parts(scale_down)
+    return _save(folder, Qwen2_5_VLForConditionalGeneration(config), processor)
+
+
+def qwen_parts(scale_down: int) -> tuple[Any, Any]:
+    """Configuration and processor of `build_qwen`, without weights."""
     from transformers import (
         Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
         Qwen2_5_VLProcessor,
         Qwen2VLImageProcessor,
         Qwen2VLVideoProcessor,
@@ -143,7 +150,7 @@ def build_qwen(folder: Path, scale_down: int) -> Path:
         vision_config=vision, text_config=text, tie_word_embeddings=True, vision_start_token_id=numbers[0],
         vision_end_token_id=numbers[1], image_token_id=numbers[2], video_token_id=numbers[3],
     )  # fmt: skip
-    return _save(folder, Qwen2_5_VLForConditionalGeneration(config), processor)
+    return config, processor
 
 
 def _save(folder: Path, model: Any, processor: Any) -> Path:

@@ -60,18 +60,23 @@ class Ours(Side):
     """`VlmDPO` on the family's own batches.
 
     Args:
+        source: a model's folder, or a loaded family whose network this side takes for itself.
         cached: reference log-probabilities and vision features are stored beforehand.
+        ahead: make all batches beforehand and leave them on the device, so that the step alone is timed.
     """
 
     def __init__(
-        self, folder: Path, records: Sequence[BranchRecord], batch: int, device: torch.device, *, dtype: str,
+        self, source: Path | VlmFamily, records: Sequence[BranchRecord], batch: int, device: torch.device, *, dtype: str,
         checkpointing: bool, cached: bool = False, objective: Mapping[str, Any] | None = None, optimise: bool = True,
         lr: float = LEARNING_RATE, attention: str = "sdpa", template_only: bool = False,
+        ahead: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(batch, device)
-        settings = {"path": str(folder), "dtype": dtype, "gradient_checkpointing": checkpointing,
+        settings = {"path": str(source), "dtype": dtype, "gradient_checkpointing": checkpointing,
                     "attention": attention, "template_only": template_only}  # fmt: skip
-        self.family: VlmFamily = VLM_FAMILIES.get("vlm").load(VlmConfig(**settings), device=device)  # type: ignore[attr-defined]
+        self.family: VlmFamily = source if isinstance(source, VlmFamily) else VLM_FAMILIES.get("vlm").load(  # type: ignore[attr-defined]
+            VlmConfig(**settings), device=device
+        )  # fmt: skip
         if self.family.dtype != torch.float32:
             cast_weights(self.family.network, self.family.dtype)
         targets = self.family.lora_targets["language"]
@@ -83,6 +88,9 @@ class Ours(Side):
         trained = [value for value in self.policy.parameters() if value.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
         self.batches = self._batches(records, batch)
+        if ahead:
+            made = itertools.islice(self.batches, len(records) // batch)
+            self.batches = itertools.cycle([item.to(device) for item in made])
         self.optimise = optimise
         self.metrics: dict[str, float] = {}
         self.count = 0
@@ -131,12 +139,18 @@ class Kept:
 
 
 class Trl(Side):
-    """TRL's DPOTrainer with the same adapter, from the same start."""
+    """TRL's DPOTrainer with the same adapter, from the same start.
+
+    Args:
+        source: a model's folder, or the network and its processor.
+        ahead: as of `Ours`.
+    """
 
     def __init__(
-        self, folder: Path, records: Sequence[BranchRecord], batch: int, device: torch.device, *, dtype: str,
-        checkpointing: bool, start: nn.Module, targets: Sequence[str], scratch: Path,
+        self, source: Path | tuple[nn.Module, Any], records: Sequence[BranchRecord], batch: int, device: torch.device, *,
+        dtype: str, checkpointing: bool, start: nn.Module, targets: Sequence[str], scratch: Path,
         objective: Mapping[str, Any] | None = None, optimise: bool = True, lr: float = LEARNING_RATE,
+        ahead: bool = False,
     ) -> None:  # fmt: skip
         from datasets import Dataset
         from peft import LoraConfig, set_peft_model_state_dict
@@ -145,7 +159,11 @@ class Trl(Side):
 
         super().__init__(batch, device)
         precision = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=precision)
+        if isinstance(source, Path):
+            model = AutoModelForImageTextToText.from_pretrained(source, dtype=precision)
+            processor = AutoProcessor.from_pretrained(source)
+        else:
+            model, processor = source
         adapter = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(targets), lora_dropout=0.0)
         config = DPOConfig(
             output_dir=str(scratch), per_device_train_batch_size=batch, max_length=None, report_to="none",
@@ -156,7 +174,7 @@ class Trl(Side):
         )  # fmt: skip
         self.trainer = DPOTrainer(
             model=model, args=config, train_dataset=Dataset.from_list(trl_rows(records)),
-            processing_class=AutoProcessor.from_pretrained(folder), peft_config=adapter,
+            processing_class=processor, peft_config=adapter,
         )  # fmt: skip
         state = {f"base_model.model.{name}": value for name, value in lora_state(start).items()}
         set_peft_model_state_dict(self.trainer.model, state)
@@ -167,6 +185,9 @@ class Trl(Side):
         self.rows = trl_rows(records)
         self.optimise = optimise
         self.batches = self._batches(batch)
+        if ahead:
+            made = itertools.islice(self.batches, len(records) // batch)
+            self.batches = itertools.cycle([{name: value.to(device) for name, value in item.items()} for item in made])
 
     def _batches(self, batch: int) -> Iterator[dict[str, Any]]:
         """TRL's collator on rows in order: its sampler would shuffle them its own way."""

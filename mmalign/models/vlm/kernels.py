@@ -13,6 +13,7 @@ the library's own function wherever that carries nothing (generation, sliding wi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -165,7 +166,7 @@ def segments_attention(
         return found, None
     borders = cu_seq_lens_q.tolist()
     starts: dict[int, list[int]] = {}
-    for begin, end in zip(borders, borders[1:], strict=False):
+    for begin, end in itertools.pairwise(borders):
         if end > begin:
             starts.setdefault(end - begin, []).append(begin)
     options = {"scale": scaling, "dropout_p": dropout}
