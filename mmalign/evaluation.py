@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,8 +106,11 @@ def sample_models(
     steps: int,
     guidance: float,
     batch_size: int,
+    during: Callable[[nn.Module, int], Callable[[slice], AbstractContextManager[Any]] | None] | None = None,
 ) -> dict[str, np.ndarray]:
     """Pictures of every network for the same prompts from the same initial noise.
+
+    `during` says for whom a network makes how many pictures; see ``DiffusionFamily.sample``.
 
     Noise is a function of (seed, prompt, picture number) alone: neither batch size, nor order, nor the other prompts
     change a picture's start.
@@ -136,8 +140,9 @@ def sample_models(
                 bar.update(task, rate=f"{speed:.1f} pictures/s" if speed else "")
 
             pictures[model] = family.sample(
-                network, rows, noise, steps=steps, guidance=guidance, batch_size=batch_size, progress=advance
-            )
+                network, rows, noise, steps=steps, guidance=guidance, batch_size=batch_size, progress=advance,
+                during=None if during is None else during(network, len(rows)),
+            )  # fmt: skip
     return pictures
 
 
@@ -299,6 +304,8 @@ def write_evaluation(run: Path, result: EvaluationResult, images: Mapping[str, n
 
 def evaluate_run(run: OpenRun) -> EvaluationResult:
     """Sample, score and compare the networks of an open run, and write what it leaves in the run folder."""
+    from mmalign.experiment.user_sampling import in_turn
+
     settings = run.config.evaluate
     listed = run.prompts()
     prompts, seed = [prompt for prompt, _ in listed], run.config.run.seed
@@ -312,6 +319,7 @@ def evaluate_run(run: OpenRun) -> EvaluationResult:
         steps=settings.steps,
         guidance=settings.guidance,
         batch_size=settings.batch_size,
+        during=lambda network, count: in_turn(run.folder, network, count),
     )
     result = compare_models(
         prompts=prompts,

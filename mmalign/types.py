@@ -104,6 +104,8 @@ class PairBatch:
     """Number of each row's stored draw: timestep and noise are those of the draw. None: they are those of the step."""
     reference: Tensor | None = None
     """Stored reference scores of these draws, [B, 2] float32 (chosen, rejected)."""
+    user: Tensor | None = None
+    """Embedding of each row's user, [B, rows, dim] float32, or [B] int64 places in the policy's own table of users."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -117,7 +119,10 @@ class Conditioning:
     pooled: Tensor | None = None  # [B, P]
     extras: Mapping[str, Tensor] = field(default_factory=dict)  # [B, ...] each
     user: Tensor | None = None
-    """[B, U, D'] user tokens. Their own field with their own attention, never appended to `tokens`."""
+    """[B, S, rows, dim] embeddings of S users each (or [B, S] int64 places in the denoiser's own table). Their own field with
+    their own attention, never appended to `tokens`."""
+    user_weights: Tensor | None = None
+    """[B, S] weight of each of these users; 0 adds nothing to the sample. Set together with `user`."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
         """Apply a function to every tensor."""
@@ -126,14 +131,17 @@ class Conditioning:
             pooled=None if self.pooled is None else function(self.pooled),
             extras={name: function(value) for name, value in self.extras.items()},
             user=None if self.user is None else function(self.user),
+            user_weights=None if self.user_weights is None else function(self.user_weights),
         )
 
     def repeat(self, times: int) -> Conditioning:
         """The whole batch repeated `times` times one after the other: rows 0..B-1, 0..B-1, ..."""
         return self.map(lambda value: value.repeat(times, *([1] * (value.ndim - 1))))
 
-    def with_user(self, user: Tensor) -> Conditioning:
-        return replace(self, user=user)
+    def with_user(self, user: Tensor, weights: Tensor | None = None) -> Conditioning:
+        """For these users; weights are 1 unless given."""
+        ones = torch.ones(user.shape[:2], device=user.device) if weights is None else weights
+        return replace(self, user=user, user_weights=ones)
 
 
 def concatenate(first: Conditioning, second: Conditioning) -> Conditioning:
@@ -151,6 +159,7 @@ def concatenate(first: Conditioning, second: Conditioning) -> Conditioning:
         pooled=both(first.pooled, second.pooled),
         extras={name: torch.cat([value, second.extras[name]]) for name, value in first.extras.items()},
         user=both(first.user, second.user),
+        user_weights=both(first.user_weights, second.user_weights),
     )
 
 

@@ -11,7 +11,8 @@ from torch import nn
 from mmalign import rng
 from mmalign.errors import ConfigError
 from mmalign.experiment.freezing import adapter_targets, hold
-from mmalign.experiment.settings import ExperimentConfig, LoraConfig
+from mmalign.experiment.settings import ExperimentConfig, FullConfig, LoraConfig, UserTuningConfig
+from mmalign.experiment.users import attach_users
 from mmalign.models.adapters import attach_lora, load_adapter
 from mmalign.models.diffusion import FAMILIES
 from mmalign.models.diffusion.base import DiffusionFamily, FamilyConfig
@@ -78,7 +79,9 @@ def lora_targets(family: DiffusionFamily, tuning: LoraConfig) -> tuple[str, ...]
 def tune(config: ExperimentConfig, family: DiffusionFamily) -> nn.Module:
     """The family's network made trainable as the experiment says. The same object, adapters attached."""
     network = family.network
-    if isinstance(config.tuning, LoraConfig):
+    if isinstance(config.tuning, UserTuningConfig):
+        network.requires_grad_(False)
+    elif isinstance(config.tuning, LoraConfig):
         tuning = config.tuning
         attach_lora(
             network, rank=tuning.rank, alpha=tuning.alpha or float(tuning.rank), dropout=tuning.dropout,
@@ -86,8 +89,10 @@ def tune(config: ExperimentConfig, family: DiffusionFamily) -> nn.Module:
         )  # fmt: skip
         if isinstance(config.reference, FrozenAdapterConfig) and config.reference.path is not None:
             load_adapter(network, config.reference.path, alpha=tuning.alpha or float(tuning.rank))
-        return hold(config, network)
-    return hold(config, network.float().requires_grad_(True))
+    else:
+        network.float().requires_grad_(True)
+    attach_users(config, network, rng.key(config.run.seed, "users"))
+    return hold(config, network)
 
 
 def assemble(config: ExperimentConfig, device: torch.device, rank: int = 0) -> Assembled:
@@ -100,14 +105,14 @@ def assemble(config: ExperimentConfig, device: torch.device, rank: int = 0) -> A
     name = config.reference_name
     if name == "precomputed":
         family.fingerprint("network")  # before anything changes it
-    if isinstance(config.tuning, LoraConfig) and family.dtype != torch.float32:
+    if not isinstance(config.tuning, FullConfig) and family.dtype != torch.float32:
         # Frozen weights need no float32 master copy. The plain method: the library's own warns of an empty list.
         nn.Module.to(family.network, family.dtype)
     # The copy has the policy's own dtype: weights rounded on one side alone would be a margin before the first step.
     reference: Reference | None = CopyReference(family.copy_network()) if name == "copy" else None
     policy = tune(config, family)
     if name == "adapter_off":
-        reference = AdapterOffReference(policy)
+        reference = start_reference(config, policy)
     elif name == "frozen_adapter":
         reference = FrozenAdapterReference(policy)
     elif name == "precomputed":
@@ -119,7 +124,10 @@ def assemble(config: ExperimentConfig, device: torch.device, rank: int = 0) -> A
 
 
 def start_reference(config: ExperimentConfig, policy: nn.Module) -> Reference:
-    """The starting weights through the very kernels that the policy uses, while it has not been trained."""
+    """The starting weights through the very kernels that the policy uses, while it has not been trained.
+
+    With the users' attention alone trained, the policy asked for nobody is that at any time.
+    """
     return AdapterOffReference(policy) if isinstance(config.tuning, LoraConfig) else UntrainedReference(policy)
 
 

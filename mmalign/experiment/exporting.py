@@ -13,7 +13,8 @@ from mmalign.engine.checkpoint import complete_or_absent
 from mmalign.errors import ConfigError
 from mmalign.experiment.assembly import lora_targets
 from mmalign.experiment.freezing import exported_targets, verify_export
-from mmalign.experiment.settings import ExperimentConfig, LoraConfig
+from mmalign.experiment.settings import ExperimentConfig, LoraConfig, UserTuningConfig
+from mmalign.experiment.users import save_users, users_of
 from mmalign.models.adapters import lora_state
 from mmalign.models.diffusion.base import DiffusionFamily
 
@@ -39,18 +40,23 @@ def export_policy(
 
         return export_vlm(config, family, policy, folder, layout)
     lora = config.tuning if isinstance(config.tuning, LoraConfig) else None
-    chosen = layout or ("peft" if lora else "diffusers")
+    alone = isinstance(config.tuning, UserTuningConfig)
+    chosen = layout or ("peft" if lora or alone else "diffusers")
     if chosen not in FORMATS[:3]:
         raise ConfigError(f"export --format {chosen}: a model that makes pictures is written as {', '.join(FORMATS[:3])}")
-    if chosen != "diffusers" and lora is None:
+    if chosen == "kohya" and users_of(config) is not None:
+        raise ConfigError("export --format kohya: its readers know no users; use peft or diffusers")
+    if chosen != "diffusers" and lora is None and not alone:
         raise ConfigError(f"export --format {chosen}: this run trained the full network; use --format diffusers")
     with complete_or_absent(folder) as temporary:
         if chosen == "diffusers":
             _save_pipeline(family, policy, temporary)
         elif lora is not None and chosen == "peft":
             family.save_lora(lora_state(policy), temporary, _peft_settings(config, family, policy, lora))
-        elif lora is not None:
+        elif lora is not None and chosen == "kohya":
             _save_kohya(family, lora_state(policy), lora, temporary / "lora_kohya.safetensors")
+        if users_of(config) is not None:
+            save_users(config, family, policy, temporary, beside_pipeline=chosen == "diffusers")
         verify_export(config, policy, temporary, chosen)
         (temporary / "mmalign.json").write_text(
             json.dumps({"format": chosen, "method": config.method_name, "base": family.config.path}, indent=2) + "\n"
@@ -69,20 +75,20 @@ def _peft_settings(
 def _save_pipeline(family: DiffusionFamily, policy: nn.Module, folder: Path) -> None:
     """A plain pipeline folder; adapters are folded into the weights of a second network."""
     network = policy
-    if any("lora_" in name for name, _ in policy.named_parameters()):
+    if any("lora_" in name or name.startswith("user_adapter.") for name, _ in policy.named_parameters()):
         network = merged(family, policy)
     family.pipeline(network).save_pretrained(folder, safe_serialization=True)
 
 
 @torch.no_grad()
 def merged(family: DiffusionFamily, policy: nn.Module) -> nn.Module:
-    """A network of the base's class whose weights hold base plus adapter; the policy stays as it is."""
+    """A network of the base's class whose weights hold base plus adapter, without users; the policy stays as it is."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     state: dict[str, Tensor] = {}
     layers = {name: part for name, part in policy.named_modules() if isinstance(part, BaseTunerLayer)}
     for name, value in policy.state_dict().items():
-        if "lora_" not in name:
+        if "lora_" not in name and not name.startswith("user_adapter."):
             state[name.replace(".base_layer.", ".")] = value.detach().clone()
     for name, layer in layers.items():
         weight = f"{name}.weight"

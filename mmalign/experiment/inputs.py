@@ -13,6 +13,7 @@ from torch import Tensor
 from mmalign.errors import ConfigError, DataError
 from mmalign.experiment import streams
 from mmalign.experiment.settings import ExperimentConfig, LoraConfig, load_experiment
+from mmalign.experiment.users import People, UserStream, prepare_people, users_of
 from mmalign.models.diffusion.base import DiffusionFamily
 from mmalign.models.reference import Reference
 from mmalign.trainers import METHODS
@@ -30,12 +31,14 @@ ENCODE_BATCH = 16
 class Inputs:
     """The stream of a run and what was left out of it."""
 
-    loader: PairLoader | RankedLoader | BucketedLoader
+    loader: PairLoader | RankedLoader | BucketedLoader | UserStream
     table_fingerprint: str
     """Fingerprint of the order: same value, same batches."""
     processes: int
     checked: CheckResult
     cache_problems: Sequence[Any] = ()
+    people: People | None = None
+    """The users of a personalised run."""
 
     @property
     def quarantined(self) -> int:
@@ -45,7 +48,7 @@ class Inputs:
     @property
     def dropped(self) -> dict[str, int]:
         """Rows left out, by reason."""
-        return dict(self.checked.counts)
+        return {**self.checked.counts, **(self.people.dropped if self.people is not None else {})}
 
     def write_quarantine(self, path: Path) -> None:
         """``quarantine.jsonl``: everything refused, with file, row, id and reason."""
@@ -92,7 +95,8 @@ def prepare_inputs(
     if not main:
         accelerator.wait_for_everyone()
     checked = streams.usable(config.data, table, _policy(config), progress=main)
-    rows = checked.rows
+    people = prepare_people(config, table, checked, root=cache_root(config), main=main)
+    rows = checked.rows if people is None else people.rows
     optim, wanted = config.optim, config.data
     settings: dict[str, Any] = {
         "batch_size": optim.batch_size, "accumulate": optim.accumulate, "world_size": accelerator.num_processes,
@@ -119,18 +123,21 @@ def prepare_inputs(
             media = data.index_media(table, rows, config.data.workers)
         latents, text, rows, problems = _fill(config, family, table, rows, media, (side, side), progress=main)
     size = config.optim.batch_size * config.optim.accumulate * accelerator.num_processes
+    order = streams.mixture(config.data, table, rows, seed=config.run.seed, global_batch=size)
+    if people is not None:
+        people.rows = rows
+        order = order or people.order(seed=config.run.seed, global_batch=size)
     loader = data.PairLoader(
         table, rows, shuffle=config.data.shuffle, resolution=(side, side), crop=config.data.crop, media=media, latents=latents,
-        text=text, draws=config.draws, **settings,
-        order=streams.mixture(config.data, table, rows, seed=config.run.seed, global_batch=size),
+        text=text, draws=config.draws, order=order, **settings,
     )  # fmt: skip
     if start is not None:
         loader.with_reference(_fill_references(config, family, loader, start, accelerator.device, progress=main))
     if main:
         accelerator.wait_for_everyone()
     return Inputs(
-        loader=loader, table_fingerprint=loader.order.fingerprint, processes=accelerator.num_processes,
-        checked=checked, cache_problems=problems,
+        loader=loader if people is None else UserStream(loader, people), table_fingerprint=loader.order.fingerprint,
+        processes=accelerator.num_processes, checked=checked, cache_problems=problems, people=people,
     )  # fmt: skip
 
 
@@ -164,7 +171,9 @@ def cache_root(config: ExperimentConfig) -> Path:
 def _policy(config: ExperimentConfig) -> Any:
     from mmalign.data import CheckPolicy
 
-    return CheckPolicy(ties=config.data.ties, max_bad_fraction=config.data.max_bad_fraction)
+    # Two people with one verdict on one pair are two votes, not a row that came twice.
+    duplicates = "drop" if users_of(config) is None else "keep"
+    return CheckPolicy(ties=config.data.ties, max_bad_fraction=config.data.max_bad_fraction, duplicates=duplicates)
 
 
 def _fill(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from mmalign.experiment.inputs import Inputs, prepare_inputs
 from mmalign.experiment.samples import samples_of
 from mmalign.experiment.settings import Experiment, ExperimentConfig, load_experiment
 from mmalign.experiment.trackers import AccelerateTracker, bar, note_of, require_trackers
+from mmalign.experiment.users import write_store
 
 PRECISION = {"fp32": "no", "bf16": "no", "fp16": "fp16"}
 """Autocast is the family's; accelerate only has to scale the loss for fp16 on a GPU."""
@@ -85,11 +86,16 @@ def train_experiment(
         accelerator.print(f"continuing from {checkpoint} at step {loop.step}")
     elif resume and main:
         loop.metrics.cut_after(0)  # stopped before its first checkpoint: what it logged will be logged again
+    if main and inputs.people is not None:
+        write_store(config, inputs.people, loop.module)  # the first samples are made for them
     result = _fit(config, accelerator, parts, inputs, loop)
     summary: dict[str, Any] = {}
     if main:
         inputs.write_quarantine(config.folder / "quarantine.jsonl")
         summary = _summary(config, result, inputs, time.monotonic() - begin)
+        if inputs.people is not None:  # again: a table of users was learned
+            with loop.average.applied() if loop.average is not None else nullcontext():
+                write_store(config, inputs.people, loop.module)
         if not result.interrupted:
             _finish(config, parts, loop, summary, page=page, evaluate=evaluate)
     accelerator.wait_for_everyone()
@@ -223,7 +229,6 @@ def _finish(
 ) -> None:
     """Final samples, export, evaluation and the page, on the main process."""
     import json
-    from contextlib import nullcontext
 
     from mmalign.experiment.exporting import export_policy
     from mmalign.experiment.opening import OpenRun

@@ -40,8 +40,15 @@ class LoraConfig(Section):
     """A set named by the family ('attention', 'all'), or a list of layer-name suffixes."""
 
 
+class UserTuningConfig(Section):
+    """Train the added attention of personalised methods alone; everything else stays frozen, and is its own reference."""
+
+    name: str = "user"
+
+
 TUNINGS: Registry[type[Section]] = Registry("tuning")
 TUNINGS.add("full", FullConfig, summary="every weight of the network")
+TUNINGS.add("user", UserTuningConfig, summary="the users' added attention alone", cite="arXiv:2501.06655")
 TUNINGS.add("lora", LoraConfig, summary="low-rank adapters", cite="arXiv:2106.09685")
 
 
@@ -124,7 +131,7 @@ class ExperimentConfig(Section):
     model: Annotated[Section, Variants(MODELS, "model")]
     tuning: Annotated[Section, Variants(TUNINGS, "tuning")] = FullConfig()
     reference: Annotated[Section, Variants(REFERENCES, "reference")] | None = None
-    """Default: adapter_off with lora, copy with full, none where the method needs none."""
+    """Default: adapter_off with lora and user, copy with full, none where the method needs none."""
     data: DataConfig
     optim: OptimConfig
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -152,7 +159,7 @@ class ExperimentConfig(Section):
             return str(self.reference.model_dump()["name"])
         if not METHODS.get(self.method_name).wants_reference(self.method):
             return "none"
-        return "adapter_off" if isinstance(self.tuning, LoraConfig) else "copy"
+        return "copy" if isinstance(self.tuning, FullConfig) else "adapter_off"
 
     @property
     def draws(self) -> int:
@@ -198,8 +205,15 @@ def _contradictions(config: ExperimentConfig) -> list[str]:
     problems = []
     needs = METHODS.get(config.method_name).wants_reference(config.method)
     reference, lora = config.reference_name, isinstance(config.tuning, LoraConfig)
-    if reference in ("adapter_off", "frozen_adapter") and not lora:
+    users, alone = METHODS.get(config.method_name).users(config.method), isinstance(config.tuning, UserTuningConfig)
+    if reference in ("adapter_off", "frozen_adapter") and not (lora or (alone and reference == "adapter_off")):
         problems.append(f"reference.name: '{reference}' needs tuning.name=lora; use 'copy' with full fine-tuning")
+    if alone and users is None:
+        problems.append(f"tuning.name: 'user' trains what '{config.method_name}' has not: users; use full or lora")
+    if users is not None and config.data.buckets:
+        problems.append("data.buckets: batches of several shapes bring no users; remove it")
+    if users is not None and config.data.mix and users.sampling != "pairs":
+        problems.append("method.users.sampling: the tables of data.mix have shares of their own; use 'pairs'")
     if needs and reference == "none":
         problems.append(f"reference.name: '{config.method_name}' compares with a reference; use 'copy' or 'adapter_off'")
     if not needs and reference != "none":

@@ -52,6 +52,10 @@ METHODS.add(
     summary="the likelihood of a whole ranked list of pictures (Diffusion-LPO)", cite="arXiv:2510.01540",
 )  # fmt: skip
 METHODS.add(
+    "personalized_dpo", "mmalign.trainers.personalized_dpo:PersonalizedDPO",
+    summary="PPD: Diffusion-DPO for many users at once, with an attention of their own", cite="arXiv:2501.06655",
+)  # fmt: skip
+METHODS.add(
     "vlm_dpo", "mmalign.trainers.vlm_dpo:VlmDPO",
     summary="direct alignment on pairs of answers about pictures or clips: DPO and its relatives", cite="arXiv:2305.18290",
 )  # fmt: skip

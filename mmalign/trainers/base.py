@@ -75,6 +75,11 @@ class Trainer(ABC):
         """
         return ""
 
+    @classmethod
+    def users(cls, config: Any) -> Any:
+        """Settings of the users the method trains for (``models.users.settings.UsersConfig``), or None: it knows no users."""
+        return None
+
     def parameter_groups(self) -> Mapping[str, Sequence[Tensor]]:
         """Named optimisers with what they train; usually just ``main``."""
         return {"main": [parameter for parameter in self.policy.parameters() if parameter.requires_grad]}

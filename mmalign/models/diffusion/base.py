@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -138,6 +138,15 @@ class DiffusionFamily(ABC):
     def copy_network(self) -> nn.Module:
         """A second denoiser with the weights and dtype that `network` has at the moment, frozen, in evaluation mode."""
 
+    def user_inputs(self, cond: Conditioning) -> dict[str, Any]:
+        """What a denoiser with user attention is called with besides; nothing where a batch has no users.
+
+        A denoiser without it does not know the word and raises: a user is never left out in silence.
+        """
+        if cond.user is None or cond.user_weights is None:
+            return {}
+        return {"user": (cond.user, cond.user_weights)}
+
     def latents(self, moments: Moments, noise: Tensor) -> Tensor:
         """A sample of the posterior in the denoiser's space: ``scale(mean + std noise)``, float32."""
         return self.scale(moments.mean + moments.std * noise)
@@ -162,10 +171,12 @@ class DiffusionFamily(ABC):
         guidance: float,
         batch_size: int,
         progress: Callable[[int], None] | None = None,
+        during: Callable[[slice], AbstractContextManager[Any]] | None = None,
     ) -> np.ndarray:
         """Pictures for prompts from given initial noise ``[N, C, h, w]``, through the plain pipeline.
 
-        Returns uint8 ``[N, H, W, 3]``. `progress` is called with the number of pictures finished after each batch.
+        Returns uint8 ``[N, H, W, 3]``. `progress` is called with the number of pictures finished after each batch; `during`
+        makes a block that is open while the pictures of these rows are made (who they are for).
         """
         pipeline = self.pipeline(network)
         pipeline.set_progress_bar_config(disable=True)
@@ -179,7 +190,8 @@ class DiffusionFamily(ABC):
         try:
             for start in range(0, len(prompts), batch_size):
                 rows = slice(start, start + batch_size)
-                with torch.no_grad(), self.autocast():
+                block = nullcontext() if during is None else during(rows)
+                with torch.no_grad(), self.autocast(), block:
                     images = pipeline(
                         **self.sampling_inputs(prompts[rows], noise[rows].to(self.device)), num_inference_steps=steps,
                         guidance_scale=guidance, output_type="pt", height=noise.shape[2] * self.latent_factor,

@@ -106,7 +106,7 @@ class Flux(FlowFamily):
             found = module(
                 hidden_states=pack(noisy), timestep=self.process.network_time(t) / 1000, guidance=cond.extras.get("guidance"),
                 encoder_hidden_states=cond.tokens, pooled_projections=cond.pooled, img_ids=places(height, width, noisy.device),
-                txt_ids=torch.zeros(cond.tokens.shape[1], 3, device=noisy.device), return_dict=False,
+                txt_ids=torch.zeros(cond.tokens.shape[1], 3, device=noisy.device), **self.user_inputs(cond), return_dict=False,
             )[0]  # fmt: skip
         return unpack(found, height, width)
 

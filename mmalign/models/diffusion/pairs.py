@@ -25,6 +25,7 @@ def denoising_scores(
     ctx: StepContext,
     *,
     inverted_by: str = "reference",
+    users: tuple[Tensor, Tensor] | None = None,
 ) -> PairScores:
     """Scores of policy and reference on a batch of pairs, chosen and rejected in one forward of each. ``[B]`` each.
 
@@ -33,18 +34,21 @@ def denoising_scores(
         reference: None for objectives without one.
         noise: where the noise comes from; asks a network only if it inverts.
         inverted_by: 'reference' or 'policy': the network that an inverting source asks, without gradients.
+        users: embeddings and weights of the pairs' users, as ``Conditioning`` holds them; the policy is asked for them, the
+            reference never.
     """
     if isinstance(reference, StoredReference):
-        scores = denoising_scores(family, policy, None, noise, batch, ctx, inverted_by="policy")
+        scores = denoising_scores(family, policy, None, noise, batch, ctx, inverted_by="policy", users=users)
         if batch.reference is None:
             raise ValueError("a precomputed reference needs batches that bring its scores")
         chosen, rejected = batch.reference.to(ctx.device, non_blocking=True).unbind(1)
         return replace(scores, reference_chosen=chosen, reference_rejected=rejected)
     inputs = pair_inputs(family, batch, ctx)
     process, t, cond = family.process, inputs.t, inputs.cond
+    personal = cond if users is None else cond.with_user(*(torch.cat([value, value]) for value in users))
 
     def on_policy(x_t: Tensor, at: Tensor) -> Tensor:
-        return family.predict(policy, x_t, at, cond)
+        return family.predict(policy, x_t, at, personal)
 
     def on_reference(x_t: Tensor, at: Tensor) -> Tensor:
         if reference is None:

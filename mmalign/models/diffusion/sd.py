@@ -73,7 +73,10 @@ class StableDiffusion(FolderFamily):
 
     def predict(self, module: nn.Module, noisy: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         with self.autocast():
-            return module(noisy, self.process.network_time(t), cond.tokens, **self._added(cond), return_dict=False)[0]
+            return module(  # type: ignore[no-any-return]
+                noisy, self.process.network_time(t), cond.tokens, **self._added(cond), **self.user_inputs(cond),
+                return_dict=False,
+            )[0]  # fmt: skip
 
     def _added(self, cond: Conditioning) -> dict[str, Any]:
         return {}

@@ -130,7 +130,7 @@ class StableDiffusion3(FlowFamily):
         with self.autocast():
             return module(  # type: ignore[no-any-return]
                 hidden_states=noisy, timestep=self.process.network_time(t), encoder_hidden_states=cond.tokens,
-                pooled_projections=cond.pooled, return_dict=False,
+                pooled_projections=cond.pooled, **self.user_inputs(cond), return_dict=False,
             )[0]  # fmt: skip
 
     def sampling_inputs(self, prompts: Sequence[str], noise: Tensor) -> dict[str, Any]:
