@@ -31,6 +31,8 @@ class VideoRef:
     """First second to use, of a file."""
     end: float | None = None
     """Last second to use, of a file."""
+    order: tuple[int, ...] = ()
+    """Numbers among the sampled frames, in the order shown: a perturbed version of the clip. Empty: as it is."""
     label: str = ""
     """How messages name it."""
 

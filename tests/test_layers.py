@@ -19,11 +19,11 @@ LAYERS = {
     "errors": 0, "registry": 0, "types": 0, "rng": 0, "assets": 0,
     "branches": 1, "config": 1, "objectives": 1, "diffusion": 1, "media": 1, "statistics": 1,
     "data": 2, "models": 2, "rewards": 2, "world": 2, "freezing": 2,
-    "trainers": 3,
+    "trainers": 3, "selection": 3,
     "engine": 4,
     "experiment": 5, "evaluation": 5, "evaluate_guard": 5, "compare": 5, "report": 5, "export": 5, "demo": 5, "generate": 5,
     "annotate": 5, "scoring": 5, "sampling": 5,
-    "demo_vlm": 5, "personalize": 5, "cli": 5, "__main__": 5,
+    "demo_vlm": 5, "demo_temple": 5, "videobench": 5, "personalize": 5, "cli": 5, "__main__": 5,
 }  # fmt: skip
 """Part of the package -> layer. A part imports from lower layers and itself; only the top layer imports sideways."""
 
@@ -33,7 +33,7 @@ ENGINE_MAY_USE = {"config", "diffusion", "objectives", "media", "statistics", "t
 """The loop knows no model, reward or sampler: nothing of layer 2."""
 
 HEAVY = {
-    "accelerate", "av", "bitsandbytes", "datasets", "diffusers", "matplotlib", "open_clip", "peft", "ray",
+    "accelerate", "av", "cv2", "bitsandbytes", "datasets", "diffusers", "matplotlib", "open_clip", "peft", "ray", "scenedetect",
     "tensorboard", "torchvision", "transformers", "wandb", "xformers",
 }  # fmt: skip
 """Libraries that take long to import, or may be missing: imported inside the functions that need them."""

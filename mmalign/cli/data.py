@@ -68,6 +68,26 @@ def import_source(
 
 
 @commands.command()
+def select(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A file of thresholds (YAML), e.g. configs/select/temple.yaml.")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings to change.")] = None,
+) -> int:
+    """Choose films that teach order: cut them into shots, leave out blurred, static and repetitive ones.
+
+    Writes films.jsonl (a table of questions whose meta names the clips of each film, for `mmalign generate` with sampler
+    temple), refused.jsonl with a reason each, and selection.html with pictures of both. Needs the extra scenedetect.
+    """
+    from mmalign.selection.run import select as run_selection
+    from mmalign.selection.settings import load_selection
+
+    report = run_selection(load_selection(config, overrides or []))
+    typer.echo(str(report))
+    return ROWS_FAILED if report.failed else 0
+
+
+@commands.command()
 def export(
     table: Table,
     to: Annotated[Literal["trl", "ms-swift", "pickapic"], typer.Option("--to", help="Format to write.")],

@@ -222,9 +222,7 @@ class Loop:
         if self.optim.max_grad_norm:
             factor = factor * (self.optim.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, factor)
-        rate = self.optim.lr * rate_factor(
-            self.step, schedule=self.optim.schedule, warmup_steps=self.optim.warmup_steps, steps=self.optim.steps
-        )
+        rate = self._rate()
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -236,6 +234,16 @@ class Loop:
         self.window.add({"grad_norm": norm, "lr": torch.full_like(norm, rate)}, torch.ones_like(norm))
         self.step += 1
         self._stop_agreed = asked_by > 0
+
+    def _rate(self) -> float:
+        """The learning rate of the step under way; a method of several stages runs the schedule once in each."""
+        optim, span = self.optim, self.trainer.rate_span(self.step)
+        first, steps, peak, warmup = 0, optim.steps, optim.lr, optim.warmup_steps
+        if span is not None:
+            first, steps = span.first, span.steps
+            peak = peak if span.lr is None else span.lr
+            warmup = warmup if span.warmup_steps is None else span.warmup_steps
+        return peak * rate_factor(self.step - first, schedule=optim.schedule, warmup_steps=warmup, steps=steps)
 
     def _refuse(self, finite: Tensor) -> None:
         """Save the state before the bad step and say what happened."""

@@ -32,7 +32,7 @@ from mmalign.trainers import METHODS
 from mmalign.trainers.base import Parts, Trainer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Assembled:
     """What a run works with."""
 
@@ -42,6 +42,8 @@ class Assembled:
     trainer: Trainer
     start: Reference | None = None
     """Asks the starting weights, to store what they say; set where the reference is precomputed."""
+    frames: Any = None
+    """Stored frames of clips (``data.frames.FrameCache``), where the run keeps them."""
 
 
 def load_family(config: ExperimentConfig, device: torch.device) -> DiffusionFamily:

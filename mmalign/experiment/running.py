@@ -92,7 +92,7 @@ def train_experiment(
     summary: dict[str, Any] = {}
     if main:
         inputs.write_quarantine(config.folder / "quarantine.jsonl")
-        summary = _summary(config, result, inputs, time.monotonic() - begin)
+        summary = _summary(config, parts, result, inputs, time.monotonic() - begin)
         if inputs.people is not None:  # again: a table of users was learned
             with loop.average.applied() if loop.average is not None else nullcontext():
                 write_store(config, inputs.people, loop.module)
@@ -208,7 +208,9 @@ def _compiler_told(config: ExperimentConfig) -> Iterator[None]:
         ) from error
 
 
-def _summary(config: ExperimentConfig, result: FitResult, inputs: Inputs, seconds: float) -> dict[str, Any]:
+def _summary(
+    config: ExperimentConfig, parts: Assembled, result: FitResult, inputs: Inputs, seconds: float
+) -> dict[str, Any]:
     import json
 
     rows = config.optim.batch_size * config.optim.accumulate * inputs.processes
@@ -220,6 +222,10 @@ def _summary(config: ExperimentConfig, result: FitResult, inputs: Inputs, second
         "samples_seen": result.step * rows, "samples_quarantined": inputs.quarantined, "samples_dropped": inputs.dropped,
         "final": dict(result.metrics),
     }  # fmt: skip
+    if config.on_answers and (config.data.cache_frames or config.data.cache_vision):
+        from mmalign.experiment.vlm_inputs import media_counts
+
+        summary["media"] = media_counts(parts)
     write_json(path, summary)
     return summary
 

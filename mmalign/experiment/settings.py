@@ -131,7 +131,8 @@ class ExperimentConfig(Section):
     model: Annotated[Section, Variants(MODELS, "model")]
     tuning: Annotated[Section, Variants(TUNINGS, "tuning")] = FullConfig()
     reference: Annotated[Section, Variants(REFERENCES, "reference")] | None = None
-    """Default: adapter_off with lora and user, copy with full, none where the method needs none."""
+    """Default: adapter_off with lora (frozen_adapter where the reference moves during the run) and user, copy with full, none
+    where the method needs none."""
     data: DataConfig
     optim: OptimConfig
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -159,7 +160,9 @@ class ExperimentConfig(Section):
             return str(self.reference.model_dump()["name"])
         if not METHODS.get(self.method_name).wants_reference(self.method):
             return "none"
-        return "copy" if isinstance(self.tuning, FullConfig) else "adapter_off"
+        if isinstance(self.tuning, FullConfig):
+            return "copy"
+        return "frozen_adapter" if METHODS.get(self.method_name).moving_reference else "adapter_off"
 
     @property
     def draws(self) -> int:
@@ -218,7 +221,7 @@ def _contradictions(config: ExperimentConfig) -> list[str]:
         problems.append(f"reference.name: '{config.method_name}' compares with a reference; use 'copy' or 'adapter_off'")
     if not needs and reference != "none":
         problems.append(f"reference.name: '{config.method_name}' uses no reference; remove it or set it to 'none'")
-    problems += _kinds(config) + _masks(config)
+    problems += _kinds(config) + _masks(config) + _stages(config)
     problems += _stored_reference(config) if config.on_answers else _stored_draws(config)
     if (config.evaluate.rewards or config.evaluate.holdout) and config.evaluate.prompts is None:
         problems.append("evaluate.prompts: rewards are named, so prompts to score are needed")
@@ -264,6 +267,22 @@ def _stored_reference(config: ExperimentConfig) -> list[str]:
         )
     if config.data.cache == "off":
         problems.append("data.cache: 'reference: precomputed' is a cache; use auto or a folder")
+    return problems
+
+
+def _stages(config: ExperimentConfig) -> list[str]:
+    """What a curriculum and the caches of clips need of the rest."""
+    problems = []
+    stored = [name for name in ("cache_vision", "cache_frames") if getattr(config.data, name)]
+    if stored and config.data.cache == "off":
+        problems.append(f"data.{stored[0]}: is a cache, and data.cache is off; use auto or a folder")
+    if METHODS.get(config.method_name).batches != "vlm_stages":
+        return problems
+    steps = sum(stage["steps"] for stage in config.method.model_dump()["stages"])
+    if config.optim.steps not in (0, steps):
+        problems.append(f"optim.steps: the stages have {steps} steps in all, not {config.optim.steps}; set optim.steps={steps}")
+    if config.data.stage is not None:
+        problems.append(f"data.stage: the stages of '{config.method_name}' name their own rows (method.stages); remove it")
     return problems
 
 

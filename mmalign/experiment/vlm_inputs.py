@@ -54,13 +54,18 @@ def prepare_vlm(config: ExperimentConfig, parts: Any, accelerator: Any) -> Input
     Raises:
         DataError: too many bad rows, or none usable. ConfigError: a table of another kind than the method reads.
     """
+    if METHODS.get(config.method_name).batches == "vlm_stages":
+        from mmalign.experiment.vlm_stages import prepare_stages
+
+        return prepare_stages(config, parts, accelerator)
     main, family = accelerator.is_main_process, parts.family
     table = open_vlm(config.data.manifest, progress=main)
     require_kind(config, table)
     if not main:
         accelerator.wait_for_everyone()
-    frames = FrameCache(cache_root(config)) if config.data.cache_frames else None
-    if frames is not None:
+    frames = parts.frames
+    if frames is None and config.data.cache_frames:
+        frames = parts.frames = FrameCache(cache_root(config))
         family.read_clip = frames.read
     policy = CheckPolicy(ties=config.data.ties, max_bad_fraction=config.data.max_bad_fraction)
     checked = usable_vlm(table, check=config.data.check, policy=policy, progress=main)
@@ -81,7 +86,7 @@ def prepare_vlm(config: ExperimentConfig, parts: Any, accelerator: Any) -> Input
         mismatched=wants_mismatched(config),
     )  # fmt: skip
     if config.data.cache_vision:
-        store = VisionStore(vision_folder(config, family))
+        store = parts.trainer.features or VisionStore(vision_folder(config, family))
         _fill_vision(store, loader, encoder(family, shaped), parts, accelerator.device, progress=main)
     if parts.start is not None:
         _fill_references(config, loader, parts, accelerator.device, progress=main)
@@ -319,3 +324,14 @@ def _fill_references(
 
 def _asked(family: VlmFamily, start: Reference, batch: Any) -> Tensor:
     return start(lambda module: family.log_probs(module, batch).sum).cpu()
+
+
+def media_counts(parts: Any) -> dict[str, Any]:
+    """How many clips this process decoded, how often its vision tower ran, and how often stored features were read."""
+    store = getattr(parts.trainer, "features", None)
+    found: dict[str, Any] = {}
+    if parts.frames is not None:
+        found["clips_decoded"] = parts.frames.decoded
+    if store is not None:
+        found |= {"features_encoded": store.counts["encoded"], "features_read": store.counts["read"]}
+    return found

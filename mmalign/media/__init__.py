@@ -16,15 +16,18 @@ from mmalign.media.decode import (
     stored_to_rgb,
 )
 from mmalign.media.errors import IMAGE_REASONS, VIDEO_REASONS, MediaError
+from mmalign.media.perturbations import PERTURBATIONS, RATES, Perturbed, distinct_rates, perturb, perturbed
 from mmalign.media.resize import RESIZE_RULE, Crop, cover_geometry, resize_crop, to_array, to_tensor01
-from mmalign.media.samplers import Sampler, perturbed
+from mmalign.media.samplers import Sampler
 from mmalign.media.sniff import Kind, image_kind
-from mmalign.media.video import Frames, VideoFacts, decode_video, inspect_video, video_fields
+from mmalign.media.video import Frames, VideoFacts, all_frames, decode_video, inspect_video, video_fields
 
 __all__ = [
     "COLOUR_POLICY",
     "DEFAULT",
     "IMAGE_REASONS",
+    "PERTURBATIONS",
+    "RATES",
     "RESIZE_RULE",
     "VIDEO_REASONS",
     "Crop",
@@ -33,14 +36,18 @@ __all__ = [
     "Kind",
     "Limits",
     "MediaError",
+    "Perturbed",
     "Sampler",
     "VideoFacts",
+    "all_frames",
     "cover_geometry",
     "decode_image",
     "decode_video",
+    "distinct_rates",
     "image_kind",
     "inspect_video",
     "open_image",
+    "perturb",
     "perturbed",
     "read_bytes",
     "resize_crop",

@@ -1,4 +1,4 @@
-"""Which frames of a video are taken: named rules over frame numbers or times, and the reorderings of a clip.
+"""Which frames of a video are taken: named rules over frame numbers or times.
 
 Numbers count frames in the order they are shown, from 0. Everything is integer or float64 arithmetic on the CPU, so that a
 name and a count mean the same frames everywhere. Not for opening files.
@@ -6,7 +6,6 @@ name and a count mean the same frames everywhere. Not for opening files.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -14,12 +13,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final
 
-import numpy as np
-
 from mmalign.errors import DataError
 
 BY_NUMBER: Final = ("midpoint", "interior", "linspace")
-PERTURBATIONS: Final = ("drop", "reverse", "shuffle")
 _EPSILON = 1e-6
 """Seconds; a time asked for that is this close before a frame's own means that frame."""
 
@@ -121,31 +117,3 @@ def spread(total: int, count: int) -> list[int]:
 def shown_at(times: Sequence[float], time: float) -> int:
     """Number of the frame on screen at a time: the last that began by then; the first before all."""
     return max(bisect_right(times, time + _EPSILON) - 1, 0)
-
-
-def perturbed(total: int, kind: str, *, seed: int, key: str, share: float = 0.5) -> list[int]:
-    """Frame numbers of a clip made worse in order or in coverage, as negatives for temporal preferences.
-
-    ``reverse`` plays it backwards; ``shuffle`` is a permutation that moves at least one frame; ``drop`` leaves out a
-    contiguous piece of about `share` of the clip, keeping at least one frame (arXiv:2503.16929 drops, reverses and
-    shuffles clips). The same (seed, kind, key) gives the same numbers everywhere.
-
-    Raises:
-        DataError: an unknown kind, or a share outside (0, 1).
-    """
-    if kind not in PERTURBATIONS:
-        raise DataError(f"clip perturbation '{kind}' is not known (known: {', '.join(PERTURBATIONS)})")
-    if not 0.0 < share < 1.0:
-        raise DataError(f"the share of dropped frames must lie in (0, 1), got {share}")
-    numbers = list(range(total))
-    if kind == "reverse":
-        return numbers[::-1]
-    digest = hashlib.blake2b(f"{seed}\x1fclip-{kind}\x1f{key}".encode(), digest_size=8).digest()
-    draws = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(total + 1)
-    if kind == "drop":
-        length = min(max(1, round(share * total)), total - 1)
-        start = int(draws[0] % (total - length + 1))
-        return numbers[:start] + numbers[start + length :]
-    order = [int(number) for number in np.argsort(draws[:total], kind="stable")]
-    # The identity would be no perturbation; one step round is the nearest thing that is.
-    return order if order != numbers else numbers[1:] + numbers[:1]

@@ -106,6 +106,31 @@ def decode_video(
             return _take(video, _decoded_plan(video), sampler, max_side)
 
 
+def all_frames(
+    ref: ImageRef | str | Path | bytes, *, max_side: int | None = None, timeout_seconds: float = TIMEOUT_SECONDS,
+    limits: Limits = DEFAULT,
+) -> Iterator[tuple[float, np.ndarray]]:  # fmt: skip
+    """(seconds after the first one, [H, W, 3] uint8) of every frame in the order shown, one at a time.
+
+    Raises:
+        MediaError: as `decode_video`; also where the file turns out to be damaged on the way.
+    """
+    with _opened(ref, limits, timeout_seconds) as video:
+        first: int | None = None
+        before = -1
+        for number, frame in enumerate(video.decode()):
+            if frame.is_corrupt:
+                raise video.refuse(f"frame {number} is damaged")
+            mark = frame.pts if frame.pts is not None else before + 1
+            first = mark if first is None else first
+            if mark <= before and number:
+                raise video.refuse(f"frame {number} is shown before the one that precedes it")
+            before = mark
+            yield video.seconds(mark, first), shrunk(upright(rgb(frame), display_matrix(frame)), max_side)
+        if first is None:
+            raise video.refuse("no frame can be decoded")
+
+
 def inspect_video(
     ref: ImageRef | str | Path | bytes, *, timeout_seconds: float = TIMEOUT_SECONDS, limits: Limits = DEFAULT
 ) -> VideoFacts:

@@ -5,8 +5,8 @@ Always without dropout and gradients, on the unwrapped module, and everything re
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,18 @@ class Reference(Protocol):
 
     def __call__(self, evaluate: Callable[[nn.Module], Tensor]) -> Tensor:
         """`evaluate(module)` on the reference, without gradients."""
+
+
+@runtime_checkable
+class MovingReference(Reference, Protocol):
+    """A reference that can become what the policy is at a later moment, and that a checkpoint must keep then."""
+
+    def renew(self, policy: nn.Module) -> None:
+        """Become what the unwrapped policy is now."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class CopyConfig(Section):
@@ -75,6 +87,20 @@ class CopyReference:
         with torch.no_grad():
             return evaluate(self.module)
 
+    def renew(self, policy: nn.Module) -> None:
+        """Become what the unwrapped policy is now."""
+        with torch.no_grad():
+            for own, other in zip(self.module.parameters(), policy.parameters(), strict=True):
+                own.copy_(other)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value.detach() for name, value in self.module.named_parameters()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        with torch.no_grad():
+            for name, value in self.module.named_parameters():
+                value.copy_(state[name])
+
 
 class AdapterOffReference:
     """The unwrapped policy without its adapters.
@@ -120,6 +146,16 @@ class FrozenAdapterReference:
         if not adapters:
             raise ModelError("reference 'frozen_adapter' needs tuning.name 'lora': there is no adapter to keep")
         self.held = [(value, value.detach().clone()) for value in adapters]
+
+    def renew(self, policy: nn.Module) -> None:
+        """Become what the unwrapped policy's adapters are now."""
+        self.held = [(value, value.detach().clone()) for value, _ in self.held]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(number): kept for number, (_, kept) in enumerate(self.held)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.held = [(value, state[str(number)].to(value.device)) for number, (value, _) in enumerate(self.held)]
 
     def __call__(self, evaluate: Callable[[nn.Module], Tensor]) -> Tensor:
         was_training = self.policy.training and self.switch

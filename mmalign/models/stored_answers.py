@@ -6,6 +6,7 @@ Both belong to one starting model and one processor; who fills them sees to that
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -52,6 +53,8 @@ class VisionStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.counts: Counter[str] = Counter()
+        """`encoded`: pictures and clips that the tower ran on; `read`: answered from disk."""
 
     def path(self, kind: str, digest: str) -> Path:
         """Where the features of a unit are."""
@@ -76,6 +79,7 @@ class VisionStore:
         ):
             for number, digest in enumerate(digests):
                 if not self.has(kind, digest):
+                    self.counts["encoded"] += 1
                     layers = deep[number] if deep else ()
                     self._write(self.path(kind, digest), [values[number], *layers])
 
@@ -116,6 +120,7 @@ class VisionStore:
         from safetensors.torch import load_file
 
         path = self.path(kind, digest)
+        self.counts["read"] += 1
         try:
             stored = load_file(path, device=str(device))
         except (OSError, SafetensorError) as error:

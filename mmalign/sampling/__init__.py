@@ -15,3 +15,7 @@ ANSWER_SAMPLERS.add(
     "candidates", "mmalign.sampling.candidates:Candidates",
     summary="several answers to every question, scored by judges where named: lists",
 )  # fmt: skip
+ANSWER_SAMPLERS.add(
+    "temple", "mmalign.sampling.temple:TempleSampler",
+    summary="what a video model tells of a film against what it tells of a perturbed one: pairs", cite="arXiv:2503.16929",
+)  # fmt: skip

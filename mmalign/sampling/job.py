@@ -37,8 +37,10 @@ class SamplingReport:
     """Rows made: of the whole table when it is finished, else by this run."""
     missing: int
     """Parts that are still to be made by others."""
+    used: int = 0
+    """Rows of it that gave at least one row; known when the table is finished."""
     refused: Mapping[str, int] = field(default_factory=dict)
-    """Reason -> rows that gave nothing."""
+    """Reason -> refusals; a sampler that makes several rows of one may refuse some of them."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """What the sampler counts."""
 
@@ -55,7 +57,7 @@ class SamplingReport:
         if self.path is None:
             return f"made {self.made} rows; {self.missing} parts are left to other shards"
         lines = [f"{self.path}: {self.made} rows made from {self.rows}"]
-        lines.append(reasons_table(self.refused, total=self.rows, used=self.rows - sum(self.refused.values())))
+        lines.append(reasons_table(self.refused, total=self.rows, used=self.used))
         if self.refused:
             lines.append(f"  listed in {self.path / 'refused.jsonl'}")
         width = max(map(len, self.figures), default=0)
@@ -184,7 +186,8 @@ def _finish(config: SamplingConfig, folder: PartFolder, sampler: AnswerSampler, 
         folder.discard()  # so that the mended table starts afresh
         raise DataError(f"{config.manifest}: none of its {count} rows gave an answer ({listed}); the first: {_first(notes)}")
     figures = sampler.figures(metas)
-    report = {"rows": count, "made": len(metas), "refused": refused, "figures": figures}
+    used = len({meta["from"] for meta in metas})
+    report = {"rows": count, "used": used, "made": len(metas), "refused": refused, "figures": figures}
     path = folder.finish(
         {
             "README.md": CARD_HEAD + _CARD.format(kind=sampler.MAKES), "generate.yaml": dump_yaml(config),
@@ -192,7 +195,7 @@ def _finish(config: SamplingConfig, folder: PartFolder, sampler: AnswerSampler, 
             "refused.jsonl": "".join(json.dumps(note, ensure_ascii=False) + "\n" for note in notes),
         }
     )  # fmt: skip
-    return SamplingReport(path=path, rows=count, made=len(metas), missing=0, refused=refused, figures=figures)
+    return SamplingReport(path=path, rows=count, made=len(metas), missing=0, used=used, refused=refused, figures=figures)
 
 
 def _first(notes: Sequence[Mapping[str, Any]]) -> str:

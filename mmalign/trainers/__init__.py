@@ -75,6 +75,10 @@ METHODS.add(
     "sft", "mmalign.trainers.vlm_sft:VlmSFT", summary="short name of vlm_sft", cite="arXiv:2304.08485",
 )  # fmt: skip
 METHODS.add(
+    "temple", "mmalign.trainers.temple:Temple",
+    summary="temporal preferences of a video model in stages from easy to hard, then fine-tuning", cite="arXiv:2503.16929",
+)  # fmt: skip
+METHODS.add(
     "freeze_as_guard", "mmalign.trainers.freeze_as_guard:FreezeAsGuard",
     summary="learn which tensors to freeze so that illegal fine-tuning comes out poor", cite="arXiv:2405.17472",
 )  # fmt: skip

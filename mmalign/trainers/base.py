@@ -40,6 +40,19 @@ class Parts:
     """Stored vision features (``models.stored_answers.VisionStore``), or None."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RateSpan:
+    """A stretch of a run over which the learning-rate schedule runs once."""
+
+    first: int
+    """Its first step, counted from 0."""
+    steps: int
+    lr: float | None = None
+    """Peak rate; None: `optim.lr`."""
+    warmup_steps: int | None = None
+    """None: `optim.warmup_steps`."""
+
+
 class Trainer(ABC):
     """One method: what is trained, and what one step computes."""
 
@@ -47,6 +60,8 @@ class Trainer(ABC):
     batches: ClassVar[str] = "pairs"
     """What the loader must yield."""
     needs_reference: ClassVar[bool] = True
+    moving_reference: ClassVar[bool] = False
+    """Whether the reference becomes the policy of a later moment during the run."""
     stored_reference: ClassVar[bool] = False
     """Whether the reference's scores of stored draws are all it needs of the reference (`reference: precomputed`)."""
 
@@ -87,6 +102,10 @@ class Trainer(ABC):
     def build_optimizers(self, build: Callable[[Sequence[Tensor]], Optimizer]) -> Mapping[str, Optimizer]:
         """The named optimisers over `parameter_groups`; `build` makes the configured one. Default: that one for each."""
         return {name: build(tensors) for name, tensors in self.parameter_groups().items()}
+
+    def rate_span(self, step: int) -> RateSpan | None:
+        """Which stretch the schedule runs over at a step; None (the default): the whole run."""
+        return None
 
     def artefact(self) -> Any:
         """What the method made instead of trained weights, or None. With one, no weights are sampled, exported or compared."""

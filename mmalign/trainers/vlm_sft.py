@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, Self
 from mmalign.branches import BranchBatch
 from mmalign.config import Section
 from mmalign.objectives.reduce import weighted_mean
-from mmalign.trainers.answers import answer_scores
+from mmalign.trainers.answers import AnswerScores, answer_scores
 from mmalign.trainers.base import Parts, Trainer
 from mmalign.types import StepContext, StepOutput
 
@@ -45,9 +45,14 @@ class VlmSFT(Trainer):
     def training_step(self, batch: BranchBatch, ctx: StepContext) -> StepOutput:
         batch = batch.to(ctx.device)
         scores = answer_scores(self.family, self.policy, None, batch, prefix=self.config.prefix, features=self.features)
-        losses, weight = -scores.policy / scores.length.clamp_min(1), batch.weight
-        metrics = {
-            "weight": weight.sum(), "loss": weighted_mean(losses.detach(), weight),
-            "chosen_length": weighted_mean(scores.length, weight),
-        }  # fmt: skip
-        return StepOutput(loss=(losses * weight).sum() / len(batch), metrics=metrics)
+        return answers_output(scores, batch)
+
+
+def answers_output(scores: AnswerScores, batch: BranchBatch) -> StepOutput:
+    """Loss and metrics of scored single answers: mean negative log-likelihood per token of each record."""
+    losses, weight = -scores.policy / scores.length.clamp_min(1), batch.weight
+    metrics = {
+        "weight": weight.sum(), "loss": weighted_mean(losses.detach(), weight),
+        "chosen_length": weighted_mean(scores.length, weight),
+    }  # fmt: skip
+    return StepOutput(loss=(losses * weight).sum() / len(batch), metrics=metrics)

@@ -33,7 +33,8 @@ STYLES = ("first", "after")
 """*First ... Then ... Finally ...* and *... After that ...*."""
 DESCRIBE = ("Describe the video.", "What happens in the video?", "Tell what happens in order.")
 _PATH = 11.0
-_RADII = (4.5, 9.5)
+_RADIUS = 8.0
+_RADII = (5.5, 11.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +163,7 @@ def _draw_event_at(
     draw: ImageDraw.ImageDraw, event: Event, done: float, places: list[tuple[float, float]], saturation: float
 ) -> None:
     """An event when the share `done` of it, in [0, 1), is over."""
-    colour, radius, shift = event.colour, 6.5, (0.0, 0.0)
+    colour, radius, shift = event.colour, _RADIUS, (0.0, 0.0)
     if event.action == "moves":
         along = _PATH * (2 * done - 1)
         across, down = DIRECTIONS[event.detail]

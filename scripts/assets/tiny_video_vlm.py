@@ -8,11 +8,15 @@ order from the start never learns order at all. About 3 + 10 minutes on one thre
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from common import ASSETS, ROOT, deterministic, write_card
+from safetensors.torch import load_file, save_file
 from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
@@ -23,11 +27,24 @@ from transformers import (
     Qwen2Config,
     SiglipVisionConfig,
 )
-from vision import DEVIATION, MEAN, features, train_tower
+from vision import DEVIATION, MEAN, Tower, features, train_tower
 from vlm import SPECIAL_ROLES, TEMPLATE, Packer, answer, build_tokenizer, save_half, tune
 
+from mmalign.media.samplers import spread
 from mmalign.world.clip_questions import KINDS, PLAIN, TEMPORAL, check_order, draw_clip_questions
-from mmalign.world.clips import DESCRIBE, SIDE, STYLES, Clip, draw_clip, moments, render_frames, tell
+from mmalign.world.clips import (
+    DESCRIBE,
+    FRAME_RATE,
+    SIDE,
+    STYLES,
+    Clip,
+    draw_clip,
+    moments,
+    parse_clip_key,
+    render_frames,
+    tell,
+)
+from mmalign.world.clips import NUMBERS as HELD_NUMBERS
 from mmalign.world.questions import is_right
 from mmalign.world.shapes import COLOURS, SHAPES
 
@@ -37,8 +54,10 @@ ROWS = SIDE // PATCH
 FRAMES = 12
 """How many frames the model is given, at the middles of equal parts of the film."""
 POOLED = ((ROWS + 1) // 2) ** 2
-QUESTIONS = 3
-SHUFFLED = 0.8
+QUESTIONS = 4
+NUMBERS = (1, 2, 3, 3, 4, 4, 5, 5, 6, 6)
+"""Events of the films that are trained on, equally often: short ones are where a model learns to see first."""
+SHUFFLED = 1.0
 """How often the second stage tells events in a random order."""
 RATE = 3e-3
 BLUR_RATE = 8e-4
@@ -79,7 +98,8 @@ def turns(clip: Clip, rng: np.random.Generator, shuffled: float) -> list[tuple[s
     if rng.random() < shuffled:
         told = Clip(tuple(clip.events[int(index)] for index in rng.permutation(len(clip.events))), clip.background)
     asked = [(str(rng.choice(DESCRIBE)), tell(told.events, str(rng.choice(STYLES))))]
-    return asked + [(question.text, question.answer) for question in draw_clip_questions(told, QUESTIONS, rng)]
+    kinds = KINDS if len(clip.events) > 1 else PLAIN
+    return asked + [(question.text, question.answer) for question in draw_clip_questions(told, QUESTIONS, rng, kinds)]
 
 
 def vocabulary() -> list[str]:
@@ -111,18 +131,41 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaOnevisionProcess
     )  # fmt: skip
 
 
-def draw_films(number: int, seed: int, *, held_out: bool = False) -> tuple[np.ndarray, list[Clip]]:
-    """Frames uint8 ``[N, 12, 48, 48, 3]`` of so many clips."""
+def draw_films(
+    number: int, seed: int, *, held_out: bool = False, numbers: Sequence[int] = HELD_NUMBERS
+) -> tuple[np.ndarray, list[Clip]]:
+    """Frames uint8 ``[N, 12, 48, 48, 3]`` of so many clips; in a film of one event (8 frames) some are shown twice."""
     rng = np.random.default_rng(seed)
-    clips = [draw_clip(rng, held_out=held_out) for _ in range(number)]
-    return np.stack([render_frames(clip, moments(clip, FRAMES), rng) for clip in clips]), clips
+    clips = [draw_clip(rng, held_out=held_out, numbers=numbers) for _ in range(number)]
+    return np.stack([render_frames(clip, taken(clip, index), rng) for index, clip in enumerate(clips)]), clips
 
 
-def measure(model: Any, processor: Any, number: int) -> dict[str, float]:
+def taken(clip: Clip, index: int) -> np.ndarray:
+    """When the frames of a film are taken: in turns the middles of equal parts, and what a file at 8 frames a second gives
+    when 12 are spread over it, both ends included (``model.video_fps: 8, model.max_frames: 12``)."""
+    if index % 2 == 0:
+        return moments(clip, FRAMES)
+    return moments(clip, round(clip.seconds * FRAME_RATE))[spread(round(clip.seconds * FRAME_RATE), FRAMES)]
+
+
+def seen_films(tower: Tower, number: int, folder: Path) -> tuple[torch.Tensor, list[Clip]]:
+    """The tower's features of the training films, ``[N, 12, patches, width]``, kept in `folder` for the next start."""
+    if (folder / "features.safetensors").exists():
+        clips = [parse_clip_key(key) for key in json.loads((folder / "clips.json").read_text())]
+        return load_file(folder / "features.safetensors")["features"].float(), clips
+    films, clips = draw_films(number, SEED + 3, numbers=NUMBERS)
+    found = features(tower, films.reshape(-1, SIDE, SIDE, 3)).view(number, FRAMES, ROWS * ROWS, -1)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "clips.json").write_text(json.dumps([clip.key for clip in clips]))
+    save_file({"features": found.half()}, folder / "features.safetensors")
+    return found.half().float(), clips
+
+
+def measure(model: Any, processor: Any, number: int, *, quick: bool = False) -> dict[str, float]:
     """Order and recall of captions of held-out clips, greedy and sampled, and accuracy of questions per kind."""
     films, clips = draw_films(number, SEED + 7, held_out=True)
     result: dict[str, float] = {}
-    for name, sample in (("greedy", False), ("sampled", True)):
+    for name, sample in (("greedy", False), ("sampled", True))[: 1 if quick else 2]:
         texts = answer(model, processor, films, [DESCRIBE[0]] * number, sample=sample, max_new_tokens=90)
         checks = [check_order(text, clip) for text, clip in zip(texts, clips, strict=True)]
         result[f"{name}_order"] = round(sum(c.concordant for c in checks) / max(1, sum(c.pairs for c in checks)), 4)
@@ -131,6 +174,8 @@ def measure(model: Any, processor: Any, number: int) -> dict[str, float]:
         result[f"{name}_unread"] = round(float(np.mean([c.unread > 0 for c in checks])), 4)
         if name == "greedy":
             print(*texts[:3], sep="\n", flush=True)
+    if quick:
+        return result
     rng = np.random.default_rng(SEED + 8)
     for kind in KINDS:
         asked = [(index, q) for index, clip in enumerate(clips) for q in draw_clip_questions(clip, 1, rng, (kind,))]
@@ -147,7 +192,7 @@ def main(steps: int, blur_steps: int, batch: int, pool: int, tower_steps: int) -
     build = ROOT / "build" / "assets" / "tiny-video-vlm"
     tower, tower_accuracy, tower_seconds = train_tower(
         tower_config(), draw_labelled, classes=(len(COLOURS) + 1, len(SHAPES) + 1, ROWS * ROWS + 1), steps=tower_steps,
-        batch=48, folder=build.parent / "tiny-video-vlm-tower", pool=8000,
+        batch=48, folder=build.parent / "tiny-video-vlm-tower", pool=16000,
     )  # fmt: skip
     torch.manual_seed(SEED)
     tokenizer = build_tokenizer(vocabulary(), ["<image>", "<video>"])
@@ -155,9 +200,7 @@ def main(steps: int, blur_steps: int, batch: int, pool: int, tower_steps: int) -
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.vision_tower.requires_grad_(False)
     print(f"{len(tokenizer)} tokens, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    films, clips = draw_films(pool, SEED + 3)
-    seen = features(tower, films.reshape(-1, SIDE, SIDE, 3)).view(pool, FRAMES, ROWS * ROWS, -1)
-    del films
+    seen, clips = seen_films(tower, pool, build.parent / f"tiny-video-vlm-films-{pool}")
 
     def project(picked: torch.Tensor) -> torch.Tensor:
         pooled = model.model.apply_pooling(model.model.multi_modal_projector(picked.flatten(0, 1)))
@@ -170,7 +213,7 @@ def main(steps: int, blur_steps: int, batch: int, pool: int, tower_steps: int) -
             lambda row, step: turns(clips[row], np.random.default_rng((SEED, len(name), step, row)), shuffled),
             parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
             language_model=model.model.language_model, head=model.lm_head, steps=number, batch=batch, rate=rate,
-            folder=build / name, check=lambda: print(measure(model, processor, 60), flush=True),
+            folder=build / name, check=lambda: print(measure(model, processor, 40, quick=True), flush=True),
         )  # fmt: skip
 
     seconds = train("clean", steps, RATE, 0.0)
@@ -192,10 +235,10 @@ def main(steps: int, blur_steps: int, batch: int, pool: int, tower_steps: int) -
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=550)
-    parser.add_argument("--blur-steps", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--pool", type=int, default=4000)
-    parser.add_argument("--tower-steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--blur-steps", type=int, default=150)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--pool", type=int, default=2500)
+    parser.add_argument("--tower-steps", type=int, default=2000)
     arguments = parser.parse_args()
     main(arguments.steps, arguments.blur_steps, arguments.batch, arguments.pool, arguments.tower_steps)

@@ -18,7 +18,8 @@ from mmalign.cli.experiments import _ending
 from mmalign.cli.listing import table
 
 COMMANDS = [
-    "demo", "train", "check", "explain", "evaluate", "evaluate-guard", "compare", "report", "export", "schema", "list",
+    "demo", "train", "check", "explain", "evaluate", "evaluate-guard", "evaluate-video", "compare", "report", "export", "schema",
+    "list",
 ]  # fmt: skip
 HEAVY = ("torch", "diffusers", "transformers", "pydantic", "numpy", "rich", "yaml", "PIL", "datasets", "pyarrow")
 

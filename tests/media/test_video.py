@@ -132,15 +132,9 @@ def test_perturbed_clips_are_the_same_frames_in_another_order() -> None:
     found = decode_video(clip(8), Sampler(count=8))
     assert greys(found.take(perturbed(8, "reverse", seed=0, key="a")).frames) == [7, 6, 5, 4, 3, 2, 1, 0]
     shuffled = perturbed(8, "shuffle", seed=0, key="a")
+    assert greys(found.take(shuffled).frames) == shuffled
     assert sorted(shuffled) == list(range(8)) and shuffled != list(range(8))
-    assert shuffled == perturbed(8, "shuffle", seed=0, key="a") != perturbed(8, "shuffle", seed=0, key="b")
-    assert {tuple(perturbed(2, "shuffle", seed=seed, key="a")) for seed in range(9)} == {(1, 0)}
-    dropped = perturbed(8, "drop", seed=0, key="a")
-    assert len(dropped) == 4 and dropped == sorted(dropped)
     assert perturbed(1, "drop", seed=0, key="a") == [0]
-    for bad in ({"kind": "stretch"}, {"kind": "drop", "share": 1.0}):
-        with pytest.raises(DataError):
-            perturbed(4, **bad, seed=0, key="a")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["middle", "fps:", "fps:0", "fps:x", "at:", "at:1,x", "at:-1"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -52,8 +52,10 @@ def open_media(
         if isinstance(reference, ImageRef):
             return open_image(reference).image
         if reference.frames:
-            return _given_frames(reference)
-        return _sampled(reference, read_clip, fps=reference.fps or fps or 2.0, max_frames=max_frames)
+            clip = _given_frames(reference)
+        else:
+            clip = _sampled(reference, read_clip, fps=reference.fps or fps or 2.0, max_frames=max_frames)
+        return _ordered(record, clip, reference.order)
     except MediaError as error:
         gone = error.reason == "missing_image" or (reference.path is not None and not Path(reference.path).exists())
         reason = "missing_media" if gone else "undecodable_media"
@@ -65,6 +67,16 @@ def _given_frames(reference: VideoRef) -> Clip:
     size = pictures[0].size
     frames = np.stack([np.asarray(picture if picture.size == size else picture.resize(size)) for picture in pictures])
     return Clip(frames=frames, indices=tuple(range(len(pictures))), fps=reference.fps or 1.0, total=len(pictures))
+
+
+def _ordered(record: str, clip: Clip, order: tuple[int, ...]) -> Clip:
+    """The frames in the order asked for, at the times at which the first so many stood before."""
+    if not order:
+        return clip
+    if min(order) < 0 or max(order) >= len(clip.frames):
+        detail = f"frame {max(order)} was asked for, {len(clip.frames)} frames are sampled"
+        raise VlmDataError(record, "undecodable_media", detail)
+    return replace(clip, frames=clip.frames[list(order)], indices=clip.indices[: len(order)])
 
 
 def _sampled(reference: VideoRef, read_clip: ReadClip, *, fps: float, max_frames: int | None) -> Clip:
