@@ -101,6 +101,16 @@ class BucketedLoader:
             )
 
     @property
+    def raw_pixels(self) -> bool:
+        """As of a pair loader."""
+        return all(loader.raw_pixels for loader in self._loaders.values())
+
+    @raw_pixels.setter
+    def raw_pixels(self, raw: bool) -> None:
+        for loader in self._loaders.values():
+            loader.raw_pixels = raw
+
+    @property
     def masked(self) -> list[MaskedRow]:
         """Rows that had weight 0 in a batch this process was given."""
         return [row for loader in self._loaders.values() for row in loader.masked]

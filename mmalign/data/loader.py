@@ -164,6 +164,15 @@ class PairLoader:
         if text is not None:
             require_text(text, table, self.order.rows, drop_caption)
 
+    @property
+    def raw_pixels(self) -> bool:
+        """Whether batches hold pictures as bytes, for a copy to the device that makes numbers of them there."""
+        return self._pixels.raw
+
+    @raw_pixels.setter
+    def raw_pixels(self, raw: bool) -> None:
+        self._pixels.raw = raw
+
     def with_reference(self, cache: Cache) -> None:
         """Give every batch the stored reference scores of its rows' draws.
 
@@ -283,7 +292,11 @@ class PairLoader:
             chosen, rejected = ready.sides.result()
         else:
             chosen, rejected = (
-                stack_pixels([row.sides[which] if row.sides else None for row in rows], self.augmentation.resolution)
+                stack_pixels(
+                    [row.sides[which] if row.sides else None for row in rows],
+                    self.augmentation.resolution,
+                    raw=self.raw_pixels,
+                )
                 for which in (0, 1)
             )
         records = [row.record for row in rows]

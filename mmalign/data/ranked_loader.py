@@ -104,6 +104,8 @@ class RankedLoader:
             max_runtime_failures,
             limits,
         )
+        self.raw_pixels = False
+        """Whether batches hold pictures as bytes, for a copy to the device that makes numbers of them there."""
         self.masked: list[MaskedRow] = []
         """Candidates that were absent from a batch although they passed the check, in the order they were met."""
         if latents is not None:
@@ -232,7 +234,7 @@ class RankedLoader:
                     )  # fmt: skip
         width = self.width
         present = [[item is not None for item in prepared[at : at + width]] for at in range(0, len(prepared), width)]
-        return stack_pixels(prepared, self.augmentation.resolution), present
+        return stack_pixels(prepared, self.augmentation.resolution, raw=self.raw_pixels), present
 
     def _read(self, ref: ImageRef, picture: Picture, draw: Draw) -> Prepared:
         data, source = read_bytes(ref, self.limits)
@@ -247,6 +249,7 @@ class RankedLoader:
             crop=draw.crop,
             flip=draw.flip,
             limits=self.limits,
+            raw=self.raw_pixels,
         )
 
     def _note(self, failures: list[MaskedRow]) -> None:

@@ -23,7 +23,7 @@ from mmalign.media import (
     decode_image,
     read_bytes,
     resize_crop,
-    to_tensor01,
+    to_array,
 )
 from mmalign.types import Geometry, ImageRef, Moments, PairRecord, Side
 
@@ -32,7 +32,7 @@ from mmalign.types import Geometry, ImageRef, Moments, PairRecord, Side
 class Prepared:
     """One picture ready for a batch."""
 
-    pixels: Tensor  # [3, H, W] float32 in [-1, 1]
+    pixels: Tensor  # [3, H, W] float32 in [-1, 1], or uint8 as decoded
     original: tuple[int, int]  # (height, width)
     crop: tuple[int, int]  # (top, left) in the resized, and if drawn mirrored, picture
 
@@ -68,21 +68,30 @@ def crop_corner(original: tuple[int, int], resolution: tuple[int, int], crop: Cr
 
 
 def prepare(
-    data: bytes, *, source: str, resolution: tuple[int, int], crop: Crop, flip: bool, limits: Limits
+    data: bytes, *, source: str, resolution: tuple[int, int], crop: Crop, flip: bool, limits: Limits, raw: bool = False
 ) -> Prepared:
     """Decode, resize, crop and mirror one picture.
+
+    Args:
+        raw: leave the pixels bytes; `normalised` makes of them what they would have been.
 
     Raises:
         MediaError: it cannot be decoded.
     """
     decoded = decode_image(data, limits, source=source)
     cropped, _ = resize_crop(decoded.image, resolution, crop)
-    pixels = to_tensor01(cropped).mul_(2.0).sub_(1.0)
+    plain = torch.from_numpy(to_array(cropped)).permute(2, 0, 1)
+    pixels = plain if raw else normalised(plain)
     return Prepared(
         pixels=pixels.flip(-1).contiguous() if flip else pixels.contiguous(),
         original=decoded.original_size,
         crop=crop_corner(decoded.original_size, resolution, crop, flip=flip),
     )
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """Bytes as float32 in [-1, 1], on whatever device they are; the same numbers on all of them."""
+    return pixels.to(torch.float32).div_(255.0).mul_(2.0).sub_(1.0)
 
 
 class PixelReader:
@@ -95,6 +104,8 @@ class PixelReader:
         self.media = media
         self.limits = limits
         self.retry_seconds = tuple(retry_seconds)
+        self.raw = False
+        """Leave pixels bytes."""
 
     def read(self, row: int, record: PairRecord, draw: Draw, stop: threading.Event) -> tuple[Prepared, Prepared]:
         """Both pictures under the same draw.
@@ -117,6 +128,7 @@ class PixelReader:
                 crop=draw.crop,
                 flip=draw.flip,
                 limits=self.limits,
+                raw=self.raw,
             )
         except MediaError as error:
             raise RowFailure(column=SIDES[side], reason=error.reason, detail=error.detail) from error
@@ -164,9 +176,14 @@ class LatentReader:
         )
 
 
-def stack_pixels(pictures: Sequence[Prepared | None], resolution: tuple[int, int]) -> Side:
-    """One side of a batch. A masked row (None) is zeros: its weight is 0, and zeros keep its numbers finite."""
-    hollow = Prepared(pixels=torch.zeros(3, *resolution), original=resolution, crop=(0, 0))
+def stack_pixels(pictures: Sequence[Prepared | None], resolution: tuple[int, int], *, raw: bool = False) -> Side:
+    """One side of a batch. A masked row (None) holds the lowest value: its weight is 0, and its numbers stay finite.
+
+    Args:
+        raw: the pictures are bytes, and so is the batch.
+    """
+    empty = torch.zeros(3, *resolution, dtype=torch.uint8)
+    hollow = Prepared(pixels=empty if raw else normalised(empty), original=resolution, crop=(0, 0))
     solid = [picture or hollow for picture in pictures]
     return Side(
         geometry=geometry([picture.original for picture in solid], [picture.crop for picture in solid], resolution),

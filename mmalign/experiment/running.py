@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.config import dump_yaml
+from mmalign.data.transfer import on_device
 from mmalign.engine.loop import Callbacks, FitResult, Loop
 from mmalign.errors import ConfigError, ModelError
 from mmalign.experiment.assembly import Assembled, assemble
@@ -117,6 +118,7 @@ def _inputs(config: ExperimentConfig, parts: Assembled, accelerator: Any) -> Inp
         inputs = prepare_inputs(config, parts.family, accelerator, parts.start)
         if config.data.cache != "off" and not config.evaluate.every:
             parts.family.release()
+    inputs.loader = on_device(inputs.loader, accelerator.device)
     if accelerator.is_main_process and parts.start is not None:
         accelerator.print(f"reference: precomputed, {stored}; no reference pass in the run")
     return inputs
