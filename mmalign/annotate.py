@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from mmalign.data import PairTable, RankedTable
+    from mmalign.data.engines import Engine
+    from mmalign.scoring.stored import StoredScores
 
 ROWS_PER_PART = 256
 COMPUTED = ("phi", "ranks", "soft_label", "disagreement")
@@ -55,8 +58,13 @@ def annotate(
     dtype: str | None = None,
     batch_size: int | None = None,
     local_files_only: bool = False,
+    shard: tuple[int, int] = (0, 1),
+    engine: Engine = "local",
+    workers: int | None = None,
+    gpus: float | None = None,
+    cache: str | Path | None = None,
     progress: bool = True,
-) -> AnnotateReport:
+) -> AnnotateReport | None:
     """Score every picture of a table of pairs or of ranked lists; run again after an interruption and it goes on.
 
     Lists gain ``phi`` (share of comparisons won over all rewards of the row), ``ranks`` (1 = best, ties share the mean),
@@ -67,35 +75,89 @@ def annotate(
         out: folder of the new table.
         rewards: names; see `mmalign rewards list`.
         paths: reward -> folder with its weights.
+        shard: (i, n): make every n-th part from the i-th on. Shards may run at once, on machines that share the folder.
+        engine: ``processes`` or ``ray`` have the parts made by others, which must see the same folder; the rows are the same.
+        workers, gpus: as of ``mmalign.data.engines.each_part``.
+        cache: folder of caches in which scores are looked up first and kept, so that a picture is scored once for all tables.
+
+    Returns:
+        what came of it; None while other shards have parts to make.
 
     Raises:
         DataError: the input is neither kind of table, already holds scores of a reward, or `out` is taken.
         RewardError: a reward cannot be loaded.
+        MissingExtraError: Ray is not installed.
     """
-    from mmalign import rewards as registry
-    from mmalign.data.partfolder import PartFolder
+    from mmalign.data.engines import each_part
     from mmalign.data.progress import progress_bar
 
-    if not rewards:
-        raise DataError("annotate: name at least one reward; see 'mmalign rewards list'")
-    table = open_either(source)
-    taken = [name for name in rewards if name in table.rewards]
-    if taken:
-        raise DataError(f"{source}: already holds scores of {', '.join(taken)}; nothing is replaced, so leave them out")
-    job = {"input": table.fingerprint, "rewards": list(rewards), "paths": dict(paths or {}), "dtype": dtype}
-    folder = PartFolder(out, job, max(1, math.ceil(len(table) / ROWS_PER_PART)))
-    missing = folder.missing()
-    if missing:
-        scorers = registry.load(
-            list(rewards), path=dict(paths or {}), device=device, dtype=dtype, local_files_only=local_files_only
-        )
-        with progress_bar("Annotating", len(table), enabled=progress) as advance:
-            advance(len(table) - sum(len(_numbers(table, number)) for number in missing))
+    make = partial(
+        Annotator, str(source), str(out), tuple(rewards), paths=dict(paths or {}), device=device, dtype=dtype,
+        batch_size=batch_size, local_files_only=local_files_only, shared=shard[1] > 1,
+        cache=None if cache is None else str(cache),
+    )  # fmt: skip
+    own = make()
+    missing = own.folder.missing(shard)
+    if engine != "local":
+        for _ in each_part(
+            make, missing, engine=engine, workers=workers, gpus=gpus, title="Annotating", progress=progress
+        ):
+            pass
+    else:
+        with progress_bar("Annotating", len(own.table), enabled=progress) as advance:
+            advance(len(own.table) - sum(len(_numbers(own.table, number)) for number in missing))
             for number in missing:
-                rows, notes = _part(table, _numbers(table, number), tuple(rewards), scorers, batch_size)
-                folder.write(number, rows, _schema(table, tuple(rewards)), notes)
-                advance(len(rows))
-    return _finish(folder, table, tuple(rewards))
+                advance(own(number))
+    with own.folder.finishing() as mine:
+        return _finish(own.folder, own.table, own.rewards) if mine else None
+
+
+class Annotator:
+    """Makes parts of an annotated table; the rewards are loaded when the first part needs them."""
+
+    def __init__(
+        self, source: str, out: str, rewards: tuple[str, ...], *, paths: dict[str, str], device: str | None, dtype: str | None,
+        batch_size: int | None, local_files_only: bool, shared: bool, cache: str | None,
+    ) -> None:  # fmt: skip
+        from mmalign import rewards as registry
+        from mmalign.data.partfolder import PartFolder
+
+        if not rewards:
+            raise DataError("annotate: name at least one reward; see 'mmalign rewards list'")
+        self.table, self.rewards, self.batch_size = open_either(source), rewards, batch_size
+        taken = [name for name in rewards if name in self.table.rewards]
+        if taken:
+            raise DataError(f"{source}: already holds scores of {', '.join(taken)}; nothing is replaced, so leave them out")
+        job = {"input": self.table.fingerprint, "rewards": list(rewards), "paths": paths, "dtype": dtype}
+        self.folder = PartFolder(out, job, max(1, math.ceil(len(self.table) / ROWS_PER_PART)), shared=shared)
+        self._load = partial(
+            registry.load, list(rewards), path=dict(paths), device=device, dtype=dtype, local_files_only=local_files_only
+        )
+        self._scorers: Any = None
+        self._cache = cache
+        self._store: StoredScores | None = None
+
+    def __call__(self, number: int) -> int:
+        """Make one part; returns the number of its rows."""
+        if self._scorers is None:
+            self._scorers = self._load()
+            if self._cache is not None:
+                from mmalign.scoring.stored import StoredScores
+
+                self._store = StoredScores(self._scorers, self._cache)
+        rows, notes = _part(self.table, _numbers(self.table, number), self.rewards, self._ask)
+        if self._store is not None:
+            self._store.flush()
+        self.folder.write(number, rows, _schema(self.table, self.rewards), notes)
+        return len(rows)
+
+    def _ask(self, images: Sequence[Any], prompts: Sequence[str]) -> Mapping[str, Any]:
+        if self._store is not None:
+            return self._store.score(images, prompts, batch_size=self.batch_size)
+        found: Mapping[str, Any] = self._scorers.score(
+            images, prompts, batch_size=self.batch_size, details=True, on_error="nan"
+        )
+        return found
 
 
 def open_either(source: str | Path) -> PairTable | RankedTable:
@@ -112,14 +174,15 @@ def _numbers(table: PairTable | RankedTable, part: int) -> range:
 
 
 def _part(
-    table: PairTable | RankedTable, numbers: range, rewards: tuple[str, ...], scorers: Any, batch_size: int | None
+    table: PairTable | RankedTable, numbers: range, rewards: tuple[str, ...],
+    ask: Callable[[Sequence[Any], Sequence[str]], Mapping[str, Any]],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of one part, and a note for every score that is missing."""
     records = [table[number] for number in numbers]
     images = [_images(record) for record in records]
     flat = [image for row in images for image in row]
     prompts = [record.prompt for record, row in zip(records, images, strict=True) for _ in row]
-    found = scorers.score(flat, prompts, batch_size=batch_size, details=True, on_error="nan") if flat else {}
+    found = ask(flat, prompts) if flat else {}
     rows, notes, at = [], [], 0
     for number, record, row in zip(numbers, records, images, strict=True):
         scores: dict[str, list[float | None]] = {

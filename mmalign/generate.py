@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from mmalign.data.engines import Engine
     from mmalign.data.partfolder import PartFolder
     from mmalign.models.diffusion.base import DiffusionFamily
 
@@ -88,6 +90,8 @@ class GenerateReport:
     def __str__(self) -> str:
         if self.path is None:
             return f"made {self.pictures} pictures; {self.missing} parts are left to other shards"
+        if not self.prompts:
+            return f"{self.path}: made by other shards"
         return f"{self.path}: {self.prompts} prompts; this run made {self.pictures} pictures"
 
 
@@ -100,45 +104,86 @@ def load_generation(path: str | Path, overrides: Sequence[str] = ()) -> Generate
     return decode(GenerateConfig, load_yaml(path, list(overrides)), str(path))
 
 
-def generate(config: GenerateConfig, *, shard: tuple[int, int] = (0, 1), progress: bool = True) -> GenerateReport:
+def generate(
+    config: GenerateConfig, *, shard: tuple[int, int] = (0, 1), engine: Engine = "local", workers: int | None = None,
+    gpus: float | None = None, progress: bool = True,
+) -> GenerateReport:  # fmt: skip
     """Make the pictures that are not there yet; the process that finds all parts done writes the table.
 
     Args:
         shard: (i, n): make every n-th part from the i-th on. Shards may run at once, on machines that share the folder.
+        engine: ``processes`` or ``ray`` have the parts made by others, which must see the same folder; the pictures are the same.
+        workers, gpus: as of ``mmalign.data.engines.each_part``.
 
     Raises:
         ConfigError: a shard that does not exist, or no CUDA device where one was asked for.
         DataError: `out` is taken or holds parts of other settings.
         ModelError: a model cannot be loaded.
+        MissingExtraError: Ray is not installed.
     """
-    from mmalign.data.partfolder import PartFolder
+    from mmalign.data.engines import each_part
     from mmalign.data.progress import progress_bar
-    from mmalign.experiment.prompts import read_prompts
 
     if not 0 <= shard[0] < shard[1]:
         raise ConfigError(f"--shard: {shard[0]}/{shard[1]} does not exist; shards are counted from 0")
-    prompts = [prompt for prompt, _ in read_prompts(config.prompts, config.max_prompts)]
-    chunks = -(-len(prompts) // config.prompts_per_part)
-    job = {**config.model_dump(mode="json", exclude={"out", "device", "max_prompts"}), "prompts": prompts}
-    folder = PartFolder(config.out, job, len(config.sources) * chunks)
-    missing = folder.missing(shard)
-    made = 0
-    total = sum(
-        config.sources[number // chunks].candidates * len(_rows(config, prompts, number % chunks)) for number in missing
-    )
-    with progress_bar("Generating", total, enabled=progress) as advance:
-        for index, source in enumerate(config.sources):
-            own = [number for number in missing if number // chunks == index]
-            if not own:
-                continue
-            family = _load(source, config.device)
-            for number in own:
-                rows = _rows(config, prompts, number % chunks)
-                folder.write(number, _sample(family, source, config.seed, prompts, rows, advance), _stage_schema())
-                made += source.candidates * len(rows)
-    left = len(folder.missing())
-    path = None if left else _assemble(config, folder, prompts, chunks)
-    return GenerateReport(path=path, prompts=len(prompts), pictures=made, missing=left)
+    if shard[1] > 1 and _is_made(config):
+        return GenerateReport(path=Path(config.out), prompts=0, pictures=0, missing=0)
+    maker = Maker(config)
+    missing = maker.folder.missing(shard)
+    if engine != "local":
+        made = sum(each_part(partial(Maker, config), missing, engine=engine, workers=workers, gpus=gpus,
+                             title="Generating", progress=progress))  # fmt: skip
+    else:
+        with progress_bar("Generating", sum(map(maker.pictures, missing)), enabled=progress) as advance:
+            made = sum(maker(number, advance) for number in missing)
+    left = len(maker.folder.missing())
+    path = None if left else _assemble(config, maker.folder, maker.prompts, maker.chunks)
+    return GenerateReport(path=path, prompts=len(maker.prompts), pictures=made, missing=left)
+
+
+class Maker:
+    """Makes parts, each some prompts' pictures from one model; a model is loaded when the first part needs it.
+
+    Parts of one model have neighbouring numbers, so whoever makes them in order loads each model once.
+    """
+
+    def __init__(self, config: GenerateConfig) -> None:
+        from mmalign.data.partfolder import PartFolder
+        from mmalign.experiment.prompts import read_prompts
+
+        self.config = config
+        self.prompts = [prompt for prompt, _ in read_prompts(config.prompts, config.max_prompts)]
+        self.chunks = -(-len(self.prompts) // config.prompts_per_part)
+        job = {**config.model_dump(mode="json", exclude={"out", "device", "max_prompts"}), "prompts": self.prompts}
+        self.folder = PartFolder(config.out, job, len(config.sources) * self.chunks)
+        self._loaded: tuple[int, DiffusionFamily] | None = None
+
+    def rows(self, number: int) -> range:
+        """Prompts of a part."""
+        return _rows(self.config, self.prompts, number % self.chunks)
+
+    def pictures(self, number: int) -> int:
+        """How many pictures a part holds."""
+        return self.config.sources[number // self.chunks].candidates * len(self.rows(number))
+
+    def __call__(self, number: int, advance: Callable[[int], None] = lambda _: None) -> int:
+        """Make one part; returns the number of its pictures."""
+        index = number // self.chunks
+        source = self.config.sources[index]
+        if self._loaded is None or self._loaded[0] != index:
+            self._loaded = None  # before the next one is loaded, or both would be in memory
+            self._loaded = (index, _load(source, self.config.device))
+        made = _sample(self._loaded[1], source, self.config.seed, self.prompts, self.rows(number), advance)
+        self.folder.write(number, made, _stage_schema())
+        return self.pictures(number)
+
+
+def _is_made(config: GenerateConfig) -> bool:
+    """Whether other shards have finished the table of exactly these settings."""
+    from mmalign.config import dump_yaml
+
+    note = Path(config.out) / "generate.yaml"
+    return note.exists() and note.read_text(encoding="utf-8") == dump_yaml(config)
 
 
 def _rows(config: GenerateConfig, prompts: Sequence[str], chunk: int) -> range:

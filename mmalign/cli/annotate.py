@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mmalign.cli.engine import Engine, Gpus, Shard, Workers
+
 ROWS_FAILED = 3
 
 
@@ -24,6 +26,13 @@ def annotate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="Precision of encoders: fp32, bf16, fp16.")] = None,
     local_files_only: Annotated[bool, typer.Option("--local-files-only", help="Never download.")] = False,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of caches: scores are looked up there first, and kept for other tables.")
+    ] = None,
+    shard: Shard = None,
+    engine: Engine = "local",
+    workers: Workers = None,
+    gpus: Gpus = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 2 if any score is missing.")] = False,
 ) -> int:
     """Write scores of rewards into a new table; lists also gain win rates, ranks, soft labels and disagreement.
@@ -31,6 +40,7 @@ def annotate(
     Goes on where an interrupted run stopped. The summary names each reward's lowest and highest score.
     """
     from mmalign.annotate import annotate as run
+    from mmalign.data.jobs import shard_of
     from mmalign.errors import DataError
 
     paths = {}
@@ -41,8 +51,12 @@ def annotate(
         paths[name] = folder
     names = [name.strip() for name in reward.split(",") if name.strip()]
     report = run(
-        source, out, names, paths=paths, device=device, dtype=dtype, batch_size=batch_size, local_files_only=local_files_only
-    )
+        source, out, names, paths=paths, device=device, dtype=dtype, batch_size=batch_size, local_files_only=local_files_only,
+        shard=shard_of(shard), engine=engine, workers=workers, gpus=gpus, cache=cache,
+    )  # fmt: skip
+    if report is None:
+        typer.echo(f"{out}: this share is done; whoever finishes last writes the table")
+        return 0
     typer.echo(str(report))
     if report.failed:
         return 2 if strict else ROWS_FAILED

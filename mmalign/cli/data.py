@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from mmalign.cli.engine import Engine, Gpus, Shard
+
 if TYPE_CHECKING:
     from mmalign.data.tables import PairTable
 
@@ -28,18 +30,14 @@ def register(app: typer.Typer) -> None:
 
 Table = Annotated[Path, typer.Argument(help="A table: a folder of Parquet parts, one such file, or a JSONL file.")]
 CachePlace = Annotated[Path, typer.Argument(metavar="TABLE|CACHE", help="A table's folder, or a folder of caches.")]
-Shard = Annotated[
-    str | None,
-    typer.Option(
-        "--shard", metavar="I/N", help="Make every N-th part from the I-th on; default: what the launcher says."
-    ),
-]
 Strict = Annotated[bool, typer.Option("--strict", help="Any bad row is an error (exit code 2).")]
 
 
 @commands.command("import")
 def import_source(
-    source: Annotated[Path, typer.Argument(help="File or folder of the source, on this machine.")],
+    source: Annotated[
+        list[str], typer.Argument(metavar="[FORMAT] SOURCE", help="File or folder of the source; its format may stand before it.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder to make.")],
     format: Annotated[
         str | None, typer.Option("--from", "--format", help="Source format (mmalign list formats); found by itself.")
@@ -58,12 +56,15 @@ def import_source(
     Example: mmalign data import downloads/pickapic_v2 --split train --out data/pickapic
     """
     from mmalign import data
-    from mmalign.errors import DataError
+    from mmalign.errors import ConfigError, DataError
 
-    report = data.import_table(source, out, format=format, split=split, media=media, options=_settings(settings))
+    if len(source) > 2 or (len(source) == 2 and format not in (None, source[0])):
+        raise ConfigError(f"data import {' '.join(source)}: expected one SOURCE, or FORMAT SOURCE")
+    where, named = source[-1], source[0] if len(source) == 2 else format
+    report = data.import_table(where, out, format=named, split=split, media=media, options=_settings(settings))
     typer.echo(str(report))
     if report.quarantined and strict:
-        raise DataError(f"{report.quarantined} bad rows in {source}, and --strict allows none; the table was written")
+        raise DataError(f"{report.quarantined} bad rows in {where}, and --strict allows none; the table was written")
     return ROWS_FAILED if report.quarantined else 0
 
 
@@ -116,6 +117,7 @@ def check(
     max_bad_fraction: Annotated[float, typer.Option(help="More bad rows than this share are an error.")] = 0.01,
     workers: Annotated[int | None, typer.Option(min=1, help="Decoding processes; one per core by default.")] = None,
     shard: Shard = None,
+    engine: Engine = "local",
     strict: Strict = False,
 ) -> int:
     """Decode every picture and clip once; report which rows can be used and why not the others.
@@ -125,10 +127,10 @@ def check(
     data.check: required asks for this.
     """
     from mmalign import data
-    from mmalign.data.check import PartsMissing
     from mmalign.data.checkfiles import check_folder
     from mmalign.data.checking import check_any
     from mmalign.data.jobs import shard_of
+    from mmalign.data.lookparts import PartsMissing
 
     policy = data.CheckPolicy(
         ties=ties,
@@ -139,7 +141,7 @@ def check(
         strict=strict,
     )
     try:
-        result = check_any(table, policy=policy, workers=workers, shard=shard_of(shard))
+        result = check_any(table, policy=policy, workers=workers, shard=shard_of(shard), engine=engine)
     except PartsMissing as left:
         typer.echo(f"{table}: {left}")
         return 0
@@ -213,18 +215,56 @@ def pairs(
 
 @commands.command()
 def cache(
-    config: Annotated[Path, typer.Argument(help="Experiment file.")],
+    what: Annotated[Path, typer.Argument(metavar="CONFIG|TABLE", help="Experiment file, or a table with --kind.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Changed settings.")] = None,
+    kind: Annotated[
+        str | None, typer.Option("--kind", help="Of a table: vae, text, clip, scores, frames; comma-separated.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="For vae and text: diffusers folder or hub id.")] = None,
+    family: Annotated[str | None, typer.Option(help="Family of the model; by default what its folder says.")] = None,
+    dtype: Annotated[str, typer.Option(help="Precision of the encoders: fp32, bf16, fp16.")] = "fp32",
+    resolution: Annotated[int | None, typer.Option(min=1, help="Side in pixels; by default the model's own.")] = None,
+    flip: Annotated[bool, typer.Option("--flip", help="Also store the latents of mirrored pictures.")] = False,
+    drop_caption: Annotated[bool, typer.Option("--drop-caption", help="Also store the empty prompt.")] = False,
+    reward: Annotated[str, typer.Option(help="For scores and clip: reward names, comma-separated.")] = "",
+    path: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER: local weights of a reward; may be repeated.")] = None,
+    sampler: Annotated[str, typer.Option(help="For frames: midpoint, interior, linspace, fps:X, at:T1,T2.")] = "midpoint",
+    frames: Annotated[int, typer.Option(min=1, help="For frames: how many (fps: at most).")] = 8,
+    max_side: Annotated[int | None, typer.Option(min=1, help="For frames: longer side to reduce them to.")] = None,
+    root: Annotated[Path | None, typer.Option("--cache", help="Folder of the caches; by default cache/ in the table's.")] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to encode.")] = "auto",
     shard: Shard = None,
+    engine: Engine = "local",
+    workers: Annotated[int | None, typer.Option("--workers", "--processes", min=1, help="Share the work among so many.")] = None,
+    gpus: Gpus = None,
 ) -> None:
-    """Fill the caches of latents and text embeddings that an experiment will use, without training.
+    """Fill caches ahead of a run: those of an experiment, or named kinds of a table.
 
     Several processes, on machines that share the folder, fill one cache together: accelerate launch -m mmalign data cache CONFIG.
+    Example: mmalign data cache data/mine --kind vae,text --model models/sd15 --resolution 512
     """
     from mmalign.data.jobs import shard_of
-    from mmalign.experiment import fill_caches
+    from mmalign.errors import ConfigError
 
-    typer.echo(str(fill_caches(config, overrides or [], shard=shard_of(shard))))
+    share, engine = shard_of(shard), "processes" if engine == "local" and workers and workers > 1 else engine
+    if kind is None:
+        from mmalign.experiment import fill_caches
+
+        if what.is_dir() or what.suffix in (".parquet", ".arrow", ".jsonl", ".ndjson"):
+            raise ConfigError(f"{what} is a table: name what to cache of it with --kind, e.g. --kind vae,text --model FOLDER")
+        typer.echo(fill_caches(what, overrides or [], shard=share, engine=engine, workers=workers, gpus=gpus))
+        return
+    if overrides:
+        raise ConfigError(f"{' '.join(overrides)}: settings are changed of an experiment file; a table has options")
+    from mmalign.experiment.caching import TableJob, fill_table
+
+    job = TableJob(
+        table=str(what), kinds=_names(kind), model=model, family=family, dtype=dtype, resolution=resolution, flip=flip,
+        drop_caption=drop_caption, rewards=_names(reward), paths=_settings(path, "--path", "NAME=FOLDER"), sampler=sampler,
+        frames=frames, max_side=max_side, root=None if root is None else str(root), device=device,
+    )  # fmt: skip
+    for line in fill_table(job, shard=share, engine=engine, workers=workers, gpus=gpus):
+        typer.echo(line)
 
 
 @commands.command("cache-info")
@@ -293,16 +333,20 @@ def bench(
                            seconds=seconds)))  # fmt: skip
 
 
-def _settings(given: list[str] | None) -> dict[str, str]:
+def _settings(given: list[str] | None, option: str = "--set", form: str = "NAME=VALUE") -> dict[str, str]:
     from mmalign.errors import ConfigError
 
     found = {}
     for item in given or []:
         name, sign, value = item.partition("=")
         if not sign:
-            raise ConfigError(f"--set {item}: expected NAME=VALUE")
+            raise ConfigError(f"{option} {item}: expected {form}")
         found[name] = value
     return found
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
 def _save(table: PairTable, number: int, folder: Path) -> list[Path]:

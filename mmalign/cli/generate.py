@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from mmalign.cli.engine import Engine, Gpus, Shard, Workers
+
 ROWS_FAILED = 3
 
 
@@ -19,7 +21,10 @@ def generate(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings to change.", show_default=False)
     ] = None,
-    shard: Annotated[str, typer.Option(metavar="I/N", help="Make every N-th part from the I-th on, counted from 0.")] = "0/1",
+    shard: Shard = None,
+    engine: Engine = "local",
+    workers: Workers = None,
+    gpus: Gpus = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 2 if any row of a table of questions failed.")] = False,
 ) -> int:
     """Sample pictures from prompts, or, where the file has a key `sampler`, answers to questions about pictures and clips.
@@ -28,22 +33,22 @@ def generate(
     lists, ready for training; see docs/sampling_answers.md. Goes on where an interrupted run stopped. Shards may run at once
     on machines that share the folder; the last one to finish writes the table.
     """
+    from mmalign.data.jobs import shard_of
     from mmalign.errors import ConfigError
     from mmalign.sampling.settings import asks_for_answers
 
-    index, _, count = shard.partition("/")
-    if not (index.isdecimal() and count.isdecimal()):
-        raise ConfigError(f"--shard {shard}: expected I/N, e.g. 0/4")
-    part, settings = (int(index), int(count)), overrides or []
+    part, settings = shard_of(shard), overrides or []
     if asks_for_answers(config, settings):
         from mmalign.sampling.job import sample_answers
         from mmalign.sampling.settings import load_sampling
 
+        if engine != "local":
+            raise ConfigError(f"--engine {engine}: answers are sampled in shards; start several processes with --shard I/N")
         report = sample_answers(load_sampling(config, settings), shard=part)
         typer.echo(str(report))
         return (2 if strict else ROWS_FAILED) if report.failed else 0
     from mmalign.generate import generate as run
     from mmalign.generate import load_generation
 
-    typer.echo(str(run(load_generation(config, settings), shard=part)))
+    typer.echo(str(run(load_generation(config, settings), shard=part, engine=engine, workers=workers, gpus=gpus)))
     return 0

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mmalign.cli.engine import Engine, Gpus
+
 if TYPE_CHECKING:
     from mmalign.scoring.output import Report
 
@@ -46,7 +48,9 @@ def score(
     batch_size: Annotated[str, typer.Option(help="Images per forward; 'auto' follows the device's memory.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="Precision of encoders: fp32, bf16, fp16.")] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Processes on this machine; with --engine ray, workers.")] = 1,
+    engine: Engine = "local",
+    gpus: Gpus = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Decoding threads per process; by default the cores shared between them.")
     ] = None,
@@ -94,7 +98,8 @@ def score(
         embeddings=str(embeddings) if embeddings else None,
     )  # fmt: skip
     with _Bar() as bar:
-        report, seconds = timed(job, processes=processes, command=" ".join(sys.argv), progress=bar)
+        report, seconds = timed(job, processes=processes, command=" ".join(sys.argv), progress=bar,
+                                engine=engine, gpus=gpus)  # fmt: skip
     if report is None:
         return 0
     _show(report, out, seconds)

@@ -34,8 +34,8 @@ _LAZY = {
     "Problem": "mmalign.data.reasons",
     "reasons_table": "mmalign.data.reasons",
     "Order": "mmalign.data.order",
-    "PairLoader": "mmalign.data.loader",
-    "MaskedRow": "mmalign.data.loader",
+    "PairLoader": "mmalign.data.pair_loader",
+    "MaskedRow": "mmalign.data.pair_loader",
     "Cache": "mmalign.data.cache",
     "CacheWarning": "mmalign.data.cache",
     "FillReport": "mmalign.data.cache",
@@ -45,6 +45,9 @@ _LAZY = {
     "geometry_fields": "mmalign.data.fill",
     "fill_references": "mmalign.data.references",
     "FrameCache": "mmalign.data.frames",
+    "Pairs": "mmalign.data.opened",
+    "open": "mmalign.data.opened:open_pairs",
+    "loader": "mmalign.experiment.batches",
 }
 __all__ = ["FORMATS", *_LAZY]
 
@@ -52,7 +55,8 @@ __all__ = ["FORMATS", *_LAZY]
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'mmalign.data' has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    module, _, other = _LAZY[name].partition(":")
+    return getattr(importlib.import_module(module), other or name)
 
 
 def __dir__() -> list[str]:

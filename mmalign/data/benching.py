@@ -15,7 +15,7 @@ import torch
 
 from mmalign.data.augment import Augmentation
 from mmalign.data.check import CheckResult
-from mmalign.data.loader import PairLoader
+from mmalign.data.pair_loader import PairLoader
 from mmalign.data.sources import prepare, stack_pixels
 from mmalign.data.tables import PairTable
 from mmalign.errors import DataError

@@ -11,9 +11,9 @@ import numpy as np
 
 from mmalign.data.buckets import BucketTable
 from mmalign.data.cache import Cache
-from mmalign.data.loader import MaskedRow, PairLoader
 from mmalign.data.mediaindex import MediaIndex
 from mmalign.data.orders import BucketedOrder
+from mmalign.data.pair_loader import MaskedRow, PairLoader
 from mmalign.data.reasons import Problem
 from mmalign.data.tables import PairTable
 from mmalign.errors import DataError

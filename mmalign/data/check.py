@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from mmalign.data import checkfiles, checkparts
 from mmalign.data.files import write_text
+from mmalign.data.lookparts import PartsMissing
 from mmalign.data.mediaindex import SIDES, MediaIndex, Picture
 from mmalign.data.reasons import QUARANTINE, Problem, count, reasons_table
 from mmalign.data.tables import PairTable, open_table, row_problem
@@ -172,14 +173,6 @@ def check_table(
     checkfiles.write_report(table, result)
     checkfiles.write_page(table, result)
     return result.demand(folder / "quarantine.jsonl")
-
-
-class PartsMissing(Exception):
-    """A check that other processes have not finished their share of."""
-
-    def __init__(self, missing: int, total: int) -> None:
-        self.missing, self.total = missing, total
-        super().__init__(f"{missing} of {total} parts are left to other shards")
 
 
 def _facts_by_parts(

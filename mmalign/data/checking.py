@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
-from mmalign.data import checkfiles
+from mmalign.data import checkfiles, checkparts
 from mmalign.data.check import CheckPolicy, CheckResult, check_table
-from mmalign.data.ranked import open_ranked
+from mmalign.data.engines import Engine, each_part
+from mmalign.data.lookparts import LookParts
+from mmalign.data.ranked import RankedTable, open_ranked
 from mmalign.data.storage import open_storage
-from mmalign.errors import DataError
+from mmalign.data.tables import PairTable, open_table
+from mmalign.data.vlm import VlmTable, is_vlm, open_vlm
+from mmalign.media import Limits
 
 
 def check_any(
@@ -18,33 +24,52 @@ def check_any(
     policy: CheckPolicy,
     workers: int | None = None,
     shard: tuple[int, int] = (0, 1),
+    engine: Engine = "local",
     progress: bool = True,
 ) -> CheckResult:
     """Check a table of whatever kind its columns make it, and write its report.
 
-    Raises:
-        DataError: too many bad rows or none usable (the report is written first), or shards where the kind has none.
-        PartsMissing: this shard's parts are done and others' are not.
-    """
-    from mmalign.data.vlm import is_vlm, open_vlm
-    from mmalign.data.vlm_check import check_vlm
+    What is decoded is kept part by part: a check that was killed goes on where it was.
 
+    Args:
+        workers: decoding processes or threads; with Ray, workers in the cluster.
+        shard: (i, n): look at every n-th part from the i-th on; the others are made by processes that share the folder.
+        engine: ``processes`` or ``ray`` have the parts made by others, which must see the same folder; the result is the same.
+
+    Raises:
+        DataError: too many bad rows or none usable (the report is written first).
+        PartsMissing: this shard's parts are done and others' are not.
+        MissingExtraError: Ray is not installed.
+    """
     path = Path(path)
-    lists = is_ranked(path)
-    talks = not lists and is_vlm(path)
-    if (lists or talks) and shard[1] > 1:
-        raise DataError(f"{path}: only tables of pairs are checked in shards; run one process")
-    if lists:
-        return _check_lists(path, policy, workers, progress)
-    if not talks:
-        return check_table(path, policy=policy, workers=workers, shard=shard, progress=progress)
-    table = open_vlm(path, progress=progress)
+    if engine != "local":
+        todo = parts_left(path, policy.limits, shard)
+        for _ in each_part(
+            partial(part_maker, str(path.resolve()), policy.limits), todo, engine=engine, workers=workers, title="Checking",
+            progress=progress,
+        ):  # fmt: skip
+            pass
     # Judged here, so that the page is written even where the table is refused.
     lenient = replace(policy, max_bad_fraction=1.0, strict=False)
-    result = replace(check_vlm(table, policy=lenient, workers=workers, progress=progress), policy=policy)
+    table = open_any(path, progress=progress)
+    if isinstance(table, PairTable):
+        return check_table(table, policy=policy, workers=workers, shard=shard, progress=progress)
+    if isinstance(table, RankedTable):
+        return _check_lists(table, policy, workers, shard, progress)
+    from mmalign.data.vlm_check import check_vlm
+
+    result = check_vlm(table, policy=lenient, workers=workers, shard=shard, progress=progress)
+    result = replace(result, policy=policy)
     checkfiles.write_report(table, result)
     checkfiles.write_page(table, result)
     return result.demand(checkfiles.check_folder(table.path) / "quarantine.jsonl")
+
+
+def open_any(path: Path, *, progress: bool = False) -> PairTable | RankedTable | VlmTable:
+    """A table of the kind that its columns make it."""
+    if is_ranked(path):
+        return open_ranked(path, progress=progress)
+    return open_vlm(path, progress=progress) if is_vlm(path) else open_table(path, progress=progress)
 
 
 def is_ranked(path: Path) -> bool:
@@ -53,13 +78,60 @@ def is_ranked(path: Path) -> bool:
     return {"prompt", "images"} <= columns and not columns & {"chosen", "completion", "answers"}
 
 
-def _check_lists(path: Path, policy: CheckPolicy, workers: int | None, progress: bool) -> CheckResult:
-    from mmalign.data.ranked_facts import write_facts
-    from mmalign.data.ranked_index import look_at_lists
+def parts_left(path: Path, limits: Limits, shard: tuple[int, int] = (0, 1)) -> list[int]:
+    """Numbers of the parts of a check that are still to be made."""
+    return _store(open_any(path), limits).missing(shard)
 
-    table = open_ranked(path, progress=progress)
-    index = look_at_lists(table, policy=policy, workers=workers, progress=progress)
+
+def part_maker(path: str, limits: Limits) -> Callable[[int], int]:
+    """Opens a table where this is called, and gives what makes one part of its check there; returns the part's rows."""
+    table = open_any(Path(path))
+    store = _store(table, limits)
+
+    def make(number: int) -> int:
+        first, stop = store.ranges[number]
+        if isinstance(table, PairTable) and isinstance(store, checkparts.PartStore):
+            store.save(checkparts.examine_part(table, first, stop, limits))
+        elif isinstance(table, RankedTable) and isinstance(store, LookParts):
+            from mmalign.data import ranked_index
+
+            store.make(number, lambda one, other: ranked_index.look(table, one, other, limits=limits, workers=1))
+        elif isinstance(table, VlmTable) and isinstance(store, LookParts):
+            from mmalign.data import vlm_check
+
+            store.make(number, lambda one, other: vlm_check.look(table, one, other, limits=limits, workers=1))
+        return stop - first
+
+    return make
+
+
+def _store(table: PairTable | RankedTable | VlmTable, limits: Limits) -> checkparts.PartStore | LookParts:
+    if isinstance(table, PairTable):
+        return checkparts.PartStore(checkfiles.check_folder(table.path), table, limits)
+    if isinstance(table, RankedTable):
+        return _list_parts(table, limits)
+    from mmalign.data.vlm_check import answer_parts
+
+    return answer_parts(table, limits)
+
+
+def _list_parts(table: RankedTable, limits: Limits) -> LookParts:
+    return LookParts(table, {"kind": "lists", "table": table.fingerprint, "rows": len(table), "limits": asdict(limits)})
+
+
+def _check_lists(
+    table: RankedTable, policy: CheckPolicy, workers: int | None, shard: tuple[int, int], progress: bool
+) -> CheckResult:
+    from mmalign.data.ranked_facts import write_facts
+    from mmalign.data.ranked_index import joined, look
+
+    parts = _list_parts(table, policy.limits)
+    made = parts.all(
+        lambda first, stop: look(table, first, stop, limits=policy.limits, workers=workers), shard, progress=progress
+    )
+    index = joined(table, made, policy)
     write_facts(table, index, policy.limits)
+    parts.discard()
     checkfiles.write_report(table, index.checked)
     checkfiles.write_page(table, index.checked)
     return index.checked.demand(checkfiles.check_folder(table.path) / "quarantine.jsonl")

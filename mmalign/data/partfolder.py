@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmalign.data.files import atomic_file, canonical_hash, write_json, write_text
 from mmalign.errors import DataError
+
+DONE: Final = "job.done.json"
 
 
 class PartFolder:
@@ -26,17 +29,22 @@ class PartFolder:
         out: the table's folder; it must not exist, or be empty.
         job: everything the rows depend on, as plain JSON values. Parts of another job are never mixed in.
         parts: how many there will be.
+        shared: several processes make the parts, so that this one may come when the others are done; `done` then says so.
 
     Raises:
         DataError: `out` is taken, parts of another job lie beside it, or the folder cannot be written.
     """
 
-    def __init__(self, out: str | Path, job: Mapping[str, Any], parts: int) -> None:
+    def __init__(self, out: str | Path, job: Mapping[str, Any], parts: int, *, shared: bool = False) -> None:
         self.out, self.parts = Path(out), parts
+        fingerprint = canonical_hash({"job": dict(job), "parts": parts})
+        self.done = shared and self._finished(fingerprint)
+        """Whether others have finished the table."""
+        self.building = self.out.with_name(f".{self.out.name}.building")
+        if self.done:
+            return
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise DataError(f"{self.out}: already exists; remove it or choose another name")
-        self.building = self.out.with_name(f".{self.out.name}.building")
-        fingerprint = canonical_hash({"job": dict(job), "parts": parts})
         note = self.building / "job.json"
         if note.exists():
             before = json.loads(note.read_text(encoding="utf-8"))
@@ -47,12 +55,33 @@ class PartFolder:
         else:
             write_json(note, {"fingerprint": fingerprint, "job": dict(job), "parts": parts})
 
+    def _finished(self, fingerprint: str) -> bool:
+        try:
+            return bool(json.loads((self.out / DONE).read_text(encoding="utf-8"))["fingerprint"] == fingerprint)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    @contextmanager
+    def finishing(self) -> Iterator[bool]:
+        """Held by one process at a time; True for the one that finds every part made and nobody before it."""
+        from filelock import FileLock
+
+        lock = self.out.with_name(f".{self.out.name}.lock")
+        try:
+            with FileLock(lock):
+                # Whoever finished has renamed the folder, so that there all parts are missing again.
+                yield not self.done and not self.missing()
+        finally:
+            lock.unlink(missing_ok=True)
+
     def file(self, number: int) -> Path:
         return self.building / f"part-{number:05d}.parquet"
 
     def missing(self, shard: tuple[int, int] = (0, 1)) -> list[int]:
         """Numbers of parts that are not there yet; of shard (i, n) those with number mod n equal to i."""
         index, count = shard
+        if self.done:
+            return []
         return [number for number in range(index, self.parts, count) if not self.file(number).exists()]
 
     def write(
@@ -90,7 +119,7 @@ class PartFolder:
         for number in range(self.parts):
             self._notes(number).unlink(missing_ok=True)
         try:
-            (self.building / "job.json").replace(self.building / "job.done.json")
+            (self.building / "job.json").replace(self.building / DONE)
             if self.out.exists():
                 self.out.rmdir()
             self.building.rename(self.out)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,27 +60,46 @@ def look_at_lists(
     table: RankedTable, *, policy: CheckPolicy, workers: int | None = None, progress: bool = True
 ) -> ListIndex:
     """As `index_lists`, whatever the share of rows with defects."""
+    with progress_bar(f"Checking {table.path.name}", len(table), enabled=progress) as advance:
+        part = look(table, 0, len(table), limits=policy.limits, workers=workers, advance=advance)
+    return joined(table, [part], policy)
+
+
+def look(
+    table: RankedTable, first: int, stop: int, *, limits: Limits, workers: int | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:  # fmt: skip
+    """What some consecutive rows show, as plain JSON; `joined` makes an index of all parts."""
 
     def work(row: int) -> tuple[tuple[Picture | None, ...], list[tuple[str, str, str]]]:
-        return _examine(table[row], table.rewards, policy.limits)
+        return _examine(table[row], table.rewards, limits)
 
+    pictures: list[list[list[Any] | None]] = []
+    problems: list[list[Any]] = []
+    with ThreadPoolExecutor(workers, thread_name_prefix="mmalign-lists") as pool:
+        for start in range(first, stop, 1024):
+            numbers = range(start, min(start + 1024, stop))
+            for row, (found, defects) in zip(numbers, pool.map(work, numbers), strict=True):
+                pictures.append([None if one is None else [one.sha256, *one.size] for one in found])
+                if defects:
+                    problems.append([row, asdict(_problem(table, row, defects))])
+                elif len(found) < 2:
+                    few = Problem.at(table, row, column="images", reason="too_few", detail="one picture is no list")
+                    problems.append([row, asdict(few)])
+                advance(1)
+    return {"pictures": pictures, "problems": problems}
+
+
+def joined(table: RankedTable, parts: Iterable[Mapping[str, Any]], policy: CheckPolicy) -> ListIndex:
+    """The index of a whole table from what its parts showed, in order."""
     pictures: dict[int, tuple[Picture | None, ...]] = {}
     problems: dict[int, Problem] = {}
-    with (
-        progress_bar(f"Checking {table.path.name}", len(table), enabled=progress) as advance,
-        ThreadPoolExecutor(workers, thread_name_prefix="mmalign-lists") as pool,
-    ):
-        for first in range(0, len(table), 1024):
-            numbers = range(first, min(first + 1024, len(table)))
-            for row, (found, defects) in zip(numbers, pool.map(work, numbers), strict=True):
-                pictures[row] = found
-                if defects:
-                    problems[row] = _problem(table, row, defects)
-                elif len(found) < 2:
-                    problems[row] = Problem.at(
-                        table, row, column="images", reason="too_few", detail="one picture is no list"
-                    )
-                advance(1)
+    for part in parts:
+        for found in part["pictures"]:
+            pictures[len(pictures)] = tuple(
+                None if one is None else Picture(sha256=one[0], size=(one[1], one[2])) for one in found
+            )
+        problems.update({int(row): Problem(**values) for row, values in part["problems"]})
     return _index(table, pictures, problems, policy)
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from mmalign.data.augment import Augmentation, Draw
 from mmalign.data.cache import Cache
-from mmalign.data.loader import MaskedRow
 from mmalign.data.mediaindex import Picture
 from mmalign.data.order import Order, Slot
+from mmalign.data.pair_loader import MaskedRow
 from mmalign.data.ranked import RankedTable
 from mmalign.data.ranked_index import ListIndex, needed_list_latents
 from mmalign.data.sources import (

@@ -21,7 +21,7 @@ from mmalign.errors import DataError
 from mmalign.types import PairBatch
 
 if TYPE_CHECKING:
-    from mmalign.data.loader import PairLoader
+    from mmalign.data.pair_loader import PairLoader
 
 KIND = "referr"
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mmalign.branches import BranchBatch
-from mmalign.data.loader import MaskedRow
+from mmalign.data.pair_loader import MaskedRow
 from mmalign.data.sources import normalised
 
 BULK: Final = ("chosen", "rejected", "images", "text", "illegal", "innocent")

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from mmalign.branches import BranchRecord, MediaRef, VideoRef
 from mmalign.data import checkfiles
 from mmalign.data.check import CheckPolicy, CheckResult, _in_order
 from mmalign.data.files import file_hash, write_json
+from mmalign.data.lookparts import LookParts
 from mmalign.data.progress import progress_bar
 from mmalign.data.reasons import Problem
 from mmalign.data.vlm import VlmTable, open_vlm
@@ -46,22 +47,42 @@ class VlmFacts:
 
 def check_vlm(
     path: str | Path | VlmTable, *, policy: CheckPolicy | None = None, workers: int | None = None, write: bool = True,
-    progress: bool = True,
+    shard: tuple[int, int] = (0, 1), progress: bool = True,
 ) -> CheckResult:  # fmt: skip
     """Look at every row and write a report beside the table (`check/`, or `<name>.check/` for a single file).
 
+    What was looked at is kept part by part: a check that was killed goes on where it was.
+
+    Args:
+        shard: (i, n): look at every n-th part from the i-th on; the others are made by processes that share the folder.
+
     Raises:
         DataError: too many bad rows or none usable; the report is written first.
+        PartsMissing: this shard's parts are done and others' are not.
     """
     table = path if isinstance(path, VlmTable) else open_vlm(path, progress=progress)
     policy = policy or CheckPolicy()
-    facts = scan(table, limits=policy.limits, workers=workers, progress=progress)
-    result = apply(table, facts, policy)
     folder = checkfiles.check_folder(table.path)
     if write:
+        parts, seen = answer_parts(table, policy.limits), dict[str, _Seen]()
+
+        def one(first: int, stop: int) -> dict[str, Any]:
+            return look(table, first, stop, limits=policy.limits, workers=workers, seen=seen)
+
+        facts = joined(parts.all(one, shard, progress=progress))
         _write_facts(table, facts, policy.limits)
+        parts.discard()
+    else:
+        facts = scan(table, limits=policy.limits, workers=workers, progress=progress)
+    result = apply(table, facts, policy)
+    if write:
         _write_report(table, result)
     return result.demand(folder / "quarantine.jsonl" if write else None)
+
+
+def answer_parts(table: VlmTable, limits: Limits) -> LookParts:
+    """Where the parts of a check of answers are."""
+    return LookParts(table, _identity(table, limits))
 
 
 def usable_vlm(
@@ -85,37 +106,58 @@ def scan(
     table: VlmTable, *, limits: Limits, workers: int | None = None, decode: bool = True, progress: bool = True
 ) -> VlmFacts:
     """Read every row; with `decode`, also decode its pictures and clips, each distinct one once."""
-    verdicts: list[tuple[str, int] | None] = [None] * len(table)
-    defects: dict[int, Problem] = {}
-    flags: Counter[str] = Counter()
-    seen: dict[str, str | tuple[str, str]] = {}
+    seen: dict[str, _Seen] = {}
+    with progress_bar(f"Checking {table.path.name}", len(table), enabled=progress) as advance:
+        return joined([look(table, 0, len(table), limits=limits, workers=workers, decode=decode, seen=seen, advance=advance)])
 
-    def work(row: int) -> tuple[int, Problem | None, tuple[str, int] | None, list[str]]:
+
+def look(
+    table: VlmTable, first: int, stop: int, *, limits: Limits, workers: int | None = None, decode: bool = True,
+    seen: dict[str, _Seen] | None = None, advance: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:  # fmt: skip
+    """What some consecutive rows show, as plain JSON; `joined` makes facts of all parts.
+
+    Args:
+        seen: media that were decoded before, by their hash; filled.
+    """
+    known: dict[str, _Seen] = {} if seen is None else seen
+    verdicts: list[tuple[str, int] | None] = []
+    defects: list[list[Any]] = []
+    met: set[str] = set()
+
+    def work(place: int) -> tuple[Problem | None, tuple[str, int] | None, list[str]]:
+        row = first + place
         try:
             record = table.record(row)
-            hashes = [_look(item, limits, seen if decode else None) for item in _media_of(record)]
+            hashes = [value for item in _media_of(record) for value in _look(item, limits, known if decode else None)]
         except RowProblem as problem:
-            return row, _problem(table, row, problem.column, problem.reason, problem.detail), None, []
+            return _problem(table, row, problem.column, problem.reason, problem.detail), None, []
         except MediaError as error:
-            return row, _problem(table, row, "media", error.reason, f"{error.source}: {error.detail}"), None, []
-        return (
-            row,
-            None,
-            _verdict(record, [value for value, _ in hashes]),
-            [flag for _, found in hashes for flag in found],
-        )
+            return _problem(table, row, "media", error.reason, f"{error.source}: {error.detail}"), None, []
+        return None, _verdict(record, [whole for whole, _ in hashes]), [one for _, parts in hashes for one in parts]
 
-    with (
-        progress_bar(f"Checking {table.path.name}", len(table), enabled=progress) as advance,
-        ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="mmalign-check") as pool,
-    ):
-        for row, problem, verdict, found in _in_order(pool, work, len(table)):
-            flags.update(found)
-            verdicts[row] = verdict
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="mmalign-check") as pool:
+        for place, (problem, verdict, hashes) in enumerate(_in_order(pool, work, stop - first)):
+            verdicts.append(verdict)
+            met.update(hashes)
             if problem is not None:
-                defects[row] = problem
+                defects.append([first + place, asdict(problem)])
             advance(1)
-    return VlmFacts(verdicts=tuple(verdicts), defects=defects, flags=dict(sorted(flags.items())))
+    flags = {value: list(known[value].flags) for value in sorted(met) if value in known and known[value].flags}
+    return {"verdicts": verdicts, "defects": defects, "flags": flags}
+
+
+def joined(parts: Iterable[dict[str, Any]]) -> VlmFacts:
+    """The facts of a whole table from those of its parts, in order. A picture that several parts hold is counted once."""
+    verdicts: list[tuple[str, int] | None] = []
+    defects: dict[int, Problem] = {}
+    flags: dict[str, list[str]] = {}
+    for part in parts:
+        verdicts += [None if value is None else (value[0], value[1]) for value in part["verdicts"]]
+        defects.update({int(row): Problem(**values) for row, values in part["defects"]})
+        flags.update(part["flags"])
+    counts = Counter(flag for found in flags.values() for flag in found)
+    return VlmFacts(verdicts=tuple(verdicts), defects=defects, flags=dict(sorted(counts.items())))
 
 
 def apply(table: VlmTable, facts: VlmFacts, policy: CheckPolicy) -> CheckResult:
@@ -169,21 +211,32 @@ def _verdict(record: BranchRecord, hashes: list[str]) -> tuple[str, int]:
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest(), way
 
 
-def _look(item: MediaRef, limits: Limits, seen: dict[str, str | tuple[str, str]] | None) -> tuple[str, list[str]]:
-    """A hash of one picture or clip and what had to be converted; decoded unless `seen` is None or holds it already."""
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What decoding one picture or clip showed."""
+
+    flags: tuple[str, ...] = ()
+    reason: str = ""
+    detail: str = ""
+    """Why it cannot be used; empty where it can."""
+
+
+def _look(item: MediaRef, limits: Limits, seen: dict[str, _Seen] | None) -> list[tuple[str, list[str]]]:
+    """The hash that stands for one picture or clip, and those of the files it is made of; they are decoded unless `seen` is
+    None or knows them.
+    """
     if isinstance(item, ImageRef):
         data, source = read_bytes(item, limits)
-        return _once(
-            hashlib.sha256(data).hexdigest(), seen, lambda: list(decode_image(data, limits, source=source).flags)
-        )
+        value = hashlib.sha256(data).hexdigest()
+        _once(value, seen, lambda: decode_image(data, limits, source=source).flags)
+        return [(value, [value])]
     if item.frames:
-        parts = [_look(frame, limits, seen) for frame in item.frames]
-        return hashlib.sha256("".join(value for value, _ in parts).encode()).hexdigest(), [
-            f for _, fs in parts for f in fs
-        ]
+        frames = [value for frame in item.frames for value, _ in _look(frame, limits, seen)]
+        return [(hashlib.sha256("".join(frames).encode()).hexdigest(), frames)]
     value = _video_hash(item)
     ref = ImageRef(path=item.path, data=item.data, label=item.label)
-    return _once(value, seen, lambda: list(inspect_video(ref, limits=limits).flags))
+    _once(value, seen, lambda: inspect_video(ref, limits=limits).flags)
+    return [(value, [value])]
 
 
 def _video_hash(item: VideoRef) -> str:
@@ -195,24 +248,20 @@ def _video_hash(item: VideoRef) -> str:
         raise MediaError(reason="unreadable_video", detail=f"cannot be read: {error}", source=item.label) from error
 
 
-def _once(
-    value: str, seen: dict[str, str | tuple[str, str]] | None, decode: Callable[[], list[str]]
-) -> tuple[str, list[str]]:
+def _once(value: str, seen: dict[str, _Seen] | None, decode: Callable[[], tuple[str, ...]]) -> None:
     """Decode what was not decoded before; what failed once fails again with the same words."""
     if seen is None:
-        return value, []
+        return
     known = seen.get(value)
-    if isinstance(known, tuple):
-        raise MediaError(reason=known[0], detail=known[1])
-    if known is not None:
-        return value, []
-    try:
-        flags = decode()
-    except MediaError as error:
-        seen[value] = (error.reason, error.detail)
-        raise
-    seen[value] = value
-    return value, flags
+    if known is None:
+        try:
+            known = _Seen(tuple(decode()))
+        except MediaError as error:
+            seen[value] = _Seen((), error.reason, error.detail)
+            raise
+        seen[value] = known
+    if known.reason:
+        raise MediaError(reason=known.reason, detail=known.detail)
 
 
 def _identity(table: VlmTable, limits: Limits) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mmalign.branches import BranchBatch, BranchRecord, EncodedExample
-from mmalign.data.loader import MaskedRow
 from mmalign.data.order import Order, Slot
+from mmalign.data.pair_loader import MaskedRow
 from mmalign.data.vlm import VlmTable
 from mmalign.data.vlm_rows import RowProblem
 from mmalign.errors import DataError, MmalignError

@@ -16,7 +16,7 @@ _WHERE = {
     "RunResult": "running",
     "open_run": "opening",
     "OpenRun": "opening",
-    "fill_caches": "inputs",
+    "fill_caches": "caching",
 }
 __all__ = list(_WHERE)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmalign.errors import ConfigError, DataError
 from mmalign.experiment import streams
-from mmalign.experiment.settings import ExperimentConfig, LoraConfig, load_experiment
+from mmalign.experiment.settings import ExperimentConfig, LoraConfig
 from mmalign.experiment.users import People, UserStream, prepare_people, users_of
 from mmalign.models.diffusion.base import DiffusionFamily
 from mmalign.models.reference import Reference
@@ -94,7 +94,7 @@ def prepare_inputs(
     side = resolution(config, family)
     if not main:
         accelerator.wait_for_everyone()
-    checked = streams.usable(config.data, table, _policy(config), progress=main)
+    checked = streams.usable(config.data, table, check_policy(config), progress=main)
     people = prepare_people(config, table, checked, root=cache_root(config), main=main)
     rows = checked.rows if people is None else people.rows
     optim, wanted = config.optim, config.data
@@ -106,7 +106,7 @@ def prepare_inputs(
     if config.data.buckets:
         shaped, lost = streams.bucketed(
             table, checked, side=side, multiple=family.image_multiple, shuffle=config.data.shuffle, settings=settings,
-            fill=None if config.data.cache == "off" else lambda some, size: _fill(
+            fill=None if config.data.cache == "off" else lambda some, size: fill_pairs(
                 config, family, table, some, checked.media, size, progress=main),
         )  # fmt: skip
         if main:
@@ -121,7 +121,7 @@ def prepare_inputs(
     if config.data.cache != "off":
         if media is None:
             media = data.index_media(table, rows, config.data.workers)
-        latents, text, rows, problems = _fill(config, family, table, rows, media, (side, side), progress=main)
+        latents, text, rows, problems = fill_pairs(config, family, table, rows, media, (side, side), progress=main)
     size = config.optim.batch_size * config.optim.accumulate * accelerator.num_processes
     order = streams.mixture(config.data, table, rows, seed=config.run.seed, global_batch=size)
     if people is not None:
@@ -168,7 +168,8 @@ def cache_root(config: ExperimentConfig) -> Path:
     return (manifest if manifest.is_dir() else manifest.parent) / "cache"
 
 
-def _policy(config: ExperimentConfig) -> Any:
+def check_policy(config: ExperimentConfig) -> Any:
+    """What is done about bad rows, as the experiment says."""
     from mmalign.data import CheckPolicy
 
     # Two people with one verdict on one pair are two votes, not a row that came twice.
@@ -176,11 +177,11 @@ def _policy(config: ExperimentConfig) -> Any:
     return CheckPolicy(ties=config.data.ties, max_bad_fraction=config.data.max_bad_fraction, duplicates=duplicates)
 
 
-def _fill(
+def fill_pairs(
     config: ExperimentConfig, family: DiffusionFamily, table: PairTable, rows: Any, media: Any, size: tuple[int, int], *,
-    progress: bool, shard: tuple[int, int] = (0, 1),
+    progress: bool, shard: tuple[int, int] = (0, 1), kinds: Sequence[str] = ("vae", "text"),
 ) -> tuple[Cache, Cache, Any, list[Any]]:  # fmt: skip
-    """Encode what is not in the caches yet."""
+    """Encode what is not in the caches yet: latents, texts, or both; returns the caches, the rows left, and what was refused."""
     from mmalign import data
 
     if config.data.crop == "random":
@@ -198,16 +199,19 @@ def _fill(
     def encode_text(prompts: list[str]) -> Mapping[str, Tensor]:
         return {name: value.cpu() for name, value in family.encode_prompts(prompts).items()}
 
+    outcome = data.FillOutcome(rows=rows, problems=(), stored=0)
     try:
-        outcome = data.fill_latents(
-            latents, table, rows, media, resolution=size, flip=config.data.flip, crop=config.data.crop,
-            crop_variants=0, encode=encode_images, batch_size=ENCODE_BATCH, workers=config.data.workers, progress=progress,
-            shard=shard,
-        )  # fmt: skip
-        data.fill_text(
-            text, table, outcome.rows, encode=encode_text, batch_size=ENCODE_BATCH,
-            drop_caption=config.data.drop_caption, progress=progress, shard=shard,
-        )  # fmt: skip
+        if "vae" in kinds:
+            outcome = data.fill_latents(
+                latents, table, rows, media, resolution=size, flip=config.data.flip, crop=config.data.crop,
+                crop_variants=0, encode=encode_images, batch_size=ENCODE_BATCH, workers=config.data.workers, progress=progress,
+                shard=shard,
+            )  # fmt: skip
+        if "text" in kinds:
+            data.fill_text(
+                text, table, outcome.rows, encode=encode_text, batch_size=ENCODE_BATCH,
+                drop_caption=config.data.drop_caption, progress=progress, shard=shard,
+            )  # fmt: skip
     except OSError as error:
         raise DataError(
             f"data.cache: cannot write to {root} ({error}); free space, name another folder with data.cache=..., or use "
@@ -244,38 +248,3 @@ def _fill_references(
             f"another reference"
         ) from error
     return cache
-
-
-def fill_caches(path: str | Path, overrides: Sequence[str] = (), *, shard: tuple[int, int] = (0, 1)) -> str:
-    """Fill the caches of an experiment without training; returns what was stored.
-
-    Args:
-        shard: (i, n): this process encodes its share of what is missing; others, which share the folder, encode theirs.
-    """
-    from mmalign import data
-    from mmalign.experiment.assembly import load_family
-
-    config = load_experiment(path, overrides).config
-    device = torch.device("cuda" if torch.cuda.is_available() and config.run.device != "cpu" else "cpu")
-    family = load_family(config, device)
-    if config.data.buckets:
-        raise ConfigError("data.buckets: caches of several shapes are filled by 'mmalign train' itself, before its first step")
-    table = streams.open_pairs(config.data)
-    checked = streams.usable(config.data, table, _policy(config), progress=True)
-    media = checked.media or data.index_media(table, checked.rows, config.data.workers)
-    _, _, rows, problems = _fill(
-        config, family, table, checked.rows, media, (resolution(config, family),) * 2, progress=True, shard=shard
-    )
-    if shard[1] > 1:
-        return f"share {shard[0]} of {shard[1]} is cached in {cache_root(config)}, {len(problems)} refused"
-    stored = ""
-    if config.reference_name == "precomputed":
-        from accelerate import Accelerator
-
-        # Assembled as for training: the scores must come from the kernels that the policy will use.
-        from mmalign.experiment.assembly import assemble
-
-        parts = assemble(config, device)
-        prepare_inputs(config, parts.family, Accelerator(cpu=device.type == "cpu"), parts.start)
-        stored = f", reference scores of {config.draws} draws a row"
-    return f"{len(rows)} rows cached in {cache_root(config)}{stored}, {len(problems)} refused"

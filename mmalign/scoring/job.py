@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmalign import __version__
 from mmalign.errors import DataError
-from mmalign.media import COLOUR_POLICY
 from mmalign.scoring.ensembles import EnsembleSpec, checked_ensembles
 from mmalign.scoring.parts import PartKey, PartStore
 from mmalign.scoring.sources import NO_PROMPT, Columns, Row, Source, open_source
+from mmalign.scoring.stored import identity
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -92,6 +91,13 @@ class Worker:
                 if mine:
                     self._part(start, stop, progress)
 
+    def make(self, number: int) -> int:
+        """Make the part of a number, if it is not there yet; returns the number of its rows."""
+        start, stop = self.ranges()[number]
+        with self.store.claim(start, wait=True):
+            self._part(start, stop, lambda _: None)
+        return stop - start
+
     def _part(self, start: int, stop: int, progress: Callable[[int], None]) -> None:
         missing = [name for name in self.job.rewards if not self._done(self.key(name, start, stop))]
         if missing:
@@ -130,8 +136,7 @@ class Worker:
         if self._keys is None:
             self._keys = {}
             for name, backend in zip(self.job.rewards, self.scorers().backends, strict=True):
-                facts = {"card": backend.card.as_dict(), "record": dict(backend.record()), "version": __version__,
-                         "colour": COLOUR_POLICY, "compiled": self.job.compile}  # fmt: skip
+                facts = identity(backend, compiled=self.job.compile)
                 self._keys[name] = hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(),
                                                    digest_size=12).hexdigest()  # fmt: skip
         return self._keys
@@ -242,6 +247,11 @@ def process_rank() -> tuple[int, int]:
         return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     except ValueError as error:
         raise DataError(f"RANK and WORLD_SIZE must be numbers: {error}") from error
+
+
+def part_maker(job: Job) -> Callable[[int], int]:
+    """Opens the input where this is called, and gives what makes one part there."""
+    return Worker(job).make
 
 
 def run_worker(job: Job) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from mmalign.data.engines import Engine, each_part
 from mmalign.errors import DataError
-from mmalign.scoring.job import Job, Worker, process_rank, run_worker
+from mmalign.scoring.job import Job, Worker, part_maker, process_rank, run_worker
 from mmalign.scoring.output import Report, check_outputs, join
 from mmalign.scoring.precision import check_precision
 
@@ -16,14 +19,23 @@ Progress = Callable[[int, int], None]
 """(rows done, rows in total)."""
 
 
-def score(job: Job, *, processes: int = 1, command: str = "", progress: Progress | None = None) -> Report | None:
+def score(
+    job: Job, *, processes: int = 1, command: str = "", progress: Progress | None = None, engine: Engine = "local",
+    gpus: float | None = None,
+) -> Report | None:  # fmt: skip
     """Score a table into ``job.out``; run again after any interruption and it goes on where it stopped.
 
     Started by ``accelerate launch``, every process makes parts and the first one joins them; the others return None.
 
+    Args:
+        processes: on this machine; with Ray, workers in the cluster.
+        engine: ``processes`` or ``ray`` have the parts made by others, which must see the same folders; the rows are the same.
+        gpus: as of ``mmalign.data.engines.each_part``.
+
     Raises:
         DataError: the input, the output or a part cannot be read or written, or the precision check fails.
         RewardError: a reward cannot be loaded.
+        MissingExtraError: Ray is not installed.
     """
     check_outputs(Path(job.out), Path(job.embeddings) if job.embeddings else None)
     if processes < 1:
@@ -46,6 +58,12 @@ def score(job: Job, *, processes: int = 1, command: str = "", progress: Progress
     # Loading here first means that a mistake in a reward's name or weights is one message, not one per process.
     worker.scorers()
     checks = check_precision(worker, job.precision_check) if job.precision_check else {}
+    if engine != "local":
+        for _ in each_part(
+            partial(part_maker, job), range(len(worker.ranges())), engine=engine, workers=processes, gpus=gpus, progress=False
+        ):
+            pass
+        processes = 1
     context = multiprocessing.get_context("spawn")
     helpers = [context.Process(target=run_worker, args=(job,), daemon=True) for _ in range(processes - 1)]
     for helper in helpers:
@@ -67,10 +85,8 @@ def _forget(job: Job) -> None:
             file.unlink()
 
 
-def timed(
-    job: Job, *, processes: int = 1, command: str = "", progress: Progress | None = None
-) -> tuple[Report | None, float]:
+def timed(job: Job, **settings: Any) -> tuple[Report | None, float]:
     """`score` with its wall time in seconds."""
     start = time.perf_counter()
-    report = score(job, processes=processes, command=command, progress=progress)
+    report = score(job, **settings)
     return report, time.perf_counter() - start

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmalign.data import CheckPolicy, check_table, checkparts, import_table, open_table
-from mmalign.data.check import PartsMissing
 from mmalign.data.checking import check_any
 from mmalign.data.jobs import shard_of
+from mmalign.data.lookparts import PartsMissing
 from mmalign.errors import ConfigError, DataError
 from tests.data.clips import clip
 from tests.data.making import make_pairs, pickapic_cases, picture, write_pickapic

@@ -24,7 +24,7 @@ from mmalign.data.tables import PairTable
 from mmalign.data.transfer import DeviceLoader, Ring, bulk, on_device
 from mmalign.errors import DataError
 from tests.data.making import make_jsonl, make_pairs
-from tests.data.test_loader import content, take
+from tests.data.test_pair_loader import content, take
 from tests.fixtures import tiny_vlm
 
 CPU = torch.device("cpu")

@@ -142,3 +142,29 @@ def test_no_reward_and_no_table_are_said(tmp_path: Path) -> None:
         annotate(lists(tmp_path / "lists", [[1, 2]]), tmp_path / "out", [], progress=False)
     with pytest.raises(DataError):
         annotate(tmp_path / "nothing", tmp_path / "out", ["brightness"], progress=False)
+
+
+def test_shards_and_a_cache_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmalign.scoring import stored
+
+    source = lists(tmp_path / "lists", [[10, 20], [30, 40], [50, 10]], broken=(1, 1))
+    annotate(source, tmp_path / "whole", ["brightness"], progress=False)
+    expected = rows_of(tmp_path / "whole")
+    annotate(source, tmp_path / "cached", ["brightness"], cache=tmp_path / "cache", progress=False)
+    assert rows_of(tmp_path / "cached") == expected
+    monkeypatch.setattr(stored.StoredScores, "_compute", lambda *_: pytest.fail("scored again") if _[4] else None)
+    annotate(lists(tmp_path / "more", [[30, 50], [20, 10]]), tmp_path / "twice", ["brightness"], cache=tmp_path / "cache",
+             progress=False)  # fmt: skip
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "ROWS_PER_PART", 1)
+    out = tmp_path / "shared"
+    for index in (2, 1):
+        assert annotate(source, out, ["brightness"], shard=(index, 3), progress=False) is None
+    assert annotate(source, out, ["brightness"], shard=(0, 3), progress=False) is not None
+    assert rows_of(out) == expected
+    assert annotate(source, out, ["brightness"], shard=(1, 3), progress=False) is None  # one that comes late
+    with pytest.raises(DataError, match="already exists"):
+        annotate(source, out, ["brightness"], progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "cache", "cached", "lists", "more", "shared", "twice", "whole"
+    ]  # fmt: skip

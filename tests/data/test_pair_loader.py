@@ -13,7 +13,7 @@ import torch
 
 from mmalign.data import PairLoader, open_table
 from mmalign.data.check import CheckPolicy, usable_rows
-from mmalign.data.loader import MaskedRow
+from mmalign.data.pair_loader import MaskedRow
 from mmalign.data.tables import PairTable
 from mmalign.errors import DataError
 from mmalign.types import PairBatch
