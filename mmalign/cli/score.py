@@ -74,7 +74,6 @@ def score(
     local_files_only: Annotated[bool, typer.Option("--local-files-only", help="Never download.")] = False,
 ) -> int:
     """Score images against their prompts; one row per input row, one column per reward. Resumes where it stopped."""
-    from mmalign.errors import DataError
     from mmalign.rewards.reading import default_workers
     from mmalign.scoring.ensembles import parse_ensemble
     from mmalign.scoring.job import Job
@@ -82,11 +81,8 @@ def score(
     from mmalign.scoring.sources import Columns
 
     names = _split(reward)
-    paths, revisions = _by_name(path, "--path", "FOLDER"), _by_name(revision, "--revision", "REVISION")
-    for name in revisions:
-        if name not in names or name in paths:
-            why = "its weights are local (--path)" if name in paths else f"--reward lists {', '.join(names)}"
-            raise DataError(f"--revision {name}={revisions[name]}: {why}")
+    paths = _by_name(path, "--path", "FOLDER")
+    revisions = _revisions(revision, names, paths)
     columns = Columns(images=_split(image_col), prompt=prompt_col, key=key_col, fixed_prompt=prompt,
                       prompt_file=str(prompt_file) if prompt_file else None)  # fmt: skip
     job = Job(
@@ -106,6 +102,17 @@ def score(
     if strict and (report.failed or report.converted.get("empty_prompt")):
         return 2
     return 3 if report.failed else 0
+
+
+def _revisions(items: list[str] | None, names: tuple[str, ...], paths: dict[str, str]) -> dict[str, str]:
+    from mmalign.errors import DataError
+
+    revisions = _by_name(items, "--revision", "REVISION")
+    for name in revisions:
+        if name not in names or name in paths:
+            why = "its weights are local (--path)" if name in paths else f"--reward lists {', '.join(names)}"
+            raise DataError(f"--revision {name}={revisions[name]}: {why}")
+    return revisions
 
 
 def _by_name(items: list[str] | None, option: str, value: str) -> dict[str, str]:
