@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mmalign.errors import ConfigError, DataError
+from mmalign.errors import ConfigError, DataError, RewardError
 from mmalign.experiment.settings import ExperimentConfig, LoraConfig
 
 ANSWER = 128
@@ -35,14 +35,17 @@ def answer_files(config: ExperimentConfig) -> list[str]:
         problems += error.problems
     except DataError as error:
         problems.append(f"evaluate.prompts: {error}")
-    judge = config.method.model_dump().get("judge")
+    method = config.method.model_dump()
+    judge, options = method.get("judge"), method.get("judge_options")
     for key, names in (("method.judge", [judge] if judge else []), ("evaluate.rewards", config.evaluate.rewards),
                        ("evaluate.holdout", config.evaluate.holdout)):  # fmt: skip
         for name in names:
             try:
-                load_judge(name)
+                load_judge(name, options if key == "method.judge" else None)
             except ConfigError as error:
                 problems += [f"{key}: {problem}" for problem in error.problems]
+            except RewardError as error:
+                problems.append(f"{key}: {error}")
     path = config.model.model_dump()["path"]
     if "/" not in path and not Path(path).exists():
         problems.append(f"model.path: no folder '{path}', and a hub id has the form owner/name")

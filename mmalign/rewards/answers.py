@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from mmalign.branches import BranchRecord
 from mmalign.errors import RewardError
@@ -33,18 +33,34 @@ for _name, _target, _summary in (
     ("cxr-report-lc", "mmalign.world.answer_judges:ReportLengthControlled", "the same, divided by how much longer the report is"),
     ("clip-order", "mmalign.world.answer_judges:ClipOrder", "share of event pairs of a synthetic clip told in their order"),
     ("board-faithful", "mmalign.world.answer_judges:BoardFaithful", "share of named objects that the embedded world's scene has"),
+    ("prefer", "mmalign.rewards.preference:PreferenceJudge", "prefer:<model>, which compares two answers in both orders"),
+    ("prefer-api", "mmalign.rewards.preference:PreferenceJudge", "prefer-api:<url>#<model>, the same behind an endpoint"),
 ):  # fmt: skip
     ANSWER_JUDGES.add(_name, _target, summary=_summary)
+
+MODEL_JUDGES = ("prefer", "prefer-api")
+"""Kinds of judges that name a model behind a colon."""
 
 _WORD = re.compile(r"\w+")
 
 
-def load_judge(name: str) -> AnswerJudge:
-    """The judge of that name, or of ``package.module:Class``.
+def load_judge(name: str, options: Mapping[str, Any] | None = None) -> AnswerJudge:
+    """The judge of that name, of ``package.module:Class``, or a model's (``prefer:<model>``, ``prefer-api:<url>#<model>``).
+
+    Args:
+        options: of a model's judge (``mmalign.rewards.preference.PreferenceOptions``).
 
     Raises:
-        ConfigError: unknown name, with the nearest known one. RewardError: what the name leads to is no judge.
+        ConfigError: unknown name, with the nearest known one.
+        RewardError: what the name leads to is no judge, or takes no options.
     """
+    kind, _, argument = name.partition(":")
+    if kind in MODEL_JUDGES:
+        from mmalign.rewards.preference import load_preference
+
+        return load_preference(kind, argument, options or {})
+    if options:
+        raise RewardError(f"the judge '{name}' takes no options; models do ({', '.join(MODEL_JUDGES)})")
     made = ANSWER_JUDGES.get(name)
     if not isinstance(made, type) or "score" not in dir(made):
         raise RewardError(f"'{name}' is no judge of answers: a class with a method score(records, answers) is needed")

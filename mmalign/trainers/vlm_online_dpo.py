@@ -17,16 +17,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from mmalign import rng
 from mmalign.branches import Answer, BranchRecord
 from mmalign.config import Section
+from mmalign.models.vlm.vllm_engine import VllmGenerator, VllmOptions
 from mmalign.objectives.reduce import weighted_mean
 from mmalign.rewards.answers import load_judge
+from mmalign.rewards.preference import PreferenceJudge
 from mmalign.trainers.answers import answer_metrics, answer_scores
 from mmalign.trainers.base import Parts, Trainer
 from mmalign.trainers.vlm_dpo import VlmDPO, VlmDPOConfig
@@ -61,7 +64,10 @@ class VlmOnlineDPOConfig(VlmDPOConfig):
 
     name: str = "vlm_online_dpo"
     judge: str
-    """Who orders answers: a name of `mmalign.rewards.answers.ANSWER_JUDGES`, or package.module:Class."""
+    """Who orders answers: a name of `mmalign.rewards.answers.ANSWER_JUDGES`, package.module:Class, or a model's as
+    prefer:<folder or hub id> and prefer-api:<url>#<model>."""
+    judge_options: dict[str, Any] = Field(default_factory=dict)
+    """How a model's judge is asked: `mmalign.rewards.preference.PreferenceOptions`."""
     offline: float = 0.0
     """Probability that a row keeps the pair of its table, in [0, 1); 0.5 is Mixed-DPO. Needs a table of pairs."""
     samples: int = 2
@@ -76,6 +82,10 @@ class VlmOnlineDPOConfig(VlmDPOConfig):
     """Most tokens of an answer."""
     generation_batch: int = 16
     """Answers made at a time."""
+    generator: Literal["transformers", "vllm"] = "transformers"
+    """Who runs the policy that answers: the trained network itself, or vLLM with the adapter of every step (extra `vllm`)."""
+    vllm: VllmOptions = Field(default_factory=VllmOptions)
+    """What vLLM may use, where it generates."""
 
     def model_post_init(self, context: Any) -> None:
         """Refuse settings without meaning."""
@@ -127,7 +137,8 @@ class VlmOnlineDPO(Trainer):
         self.reference = parts.reference
         self.features = parts.features
         self.buffer = parts.buffer
-        self.judge = load_judge(config.judge)
+        self.judge = load_judge(config.judge, config.judge_options)
+        self.engine = VllmGenerator(parts.family, config.vllm) if config.generator == "vllm" else None
         self.pairs = VlmDPO(config, parts)
 
     @classmethod
@@ -152,6 +163,8 @@ class VlmOnlineDPO(Trainer):
         metrics = {"weight": weight.sum(), "loss": weighted_mean(losses.detach(), weight)}
         metrics |= answer_metrics(scores, weight * counts, beta=self.config.beta)
         metrics |= self._shares(choices, weight)
+        if isinstance(self.judge, PreferenceJudge):
+            metrics |= {name: torch.tensor(value, device=weight.device) for name, value in self.judge.figures().items()}
         return StepOutput(loss=(losses * weight).sum() / len(batch), metrics=metrics)
 
     def choose(self, records: Sequence[BranchRecord], ctx: StepContext) -> list[Choice]:
@@ -169,11 +182,15 @@ class VlmOnlineDPO(Trainer):
         if not records:
             return []
         config = self.config
-        examples = [self.family.encode(record, training=False) for record in records]
-        answers = self.family.generate(
-            self.policy, examples, max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
-            seed=ctx.seed, step=ctx.step, samples=config.samples, batch_size=config.generation_batch,
-        )  # fmt: skip
+        how: dict[str, Any] = {
+            "max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "top_p": config.top_p,
+            "seed": ctx.seed, "step": ctx.step, "samples": config.samples,
+        }  # fmt: skip
+        if self.engine is not None:
+            answers = self.engine.generate(self.policy, records, **how)
+        else:
+            examples = [self.family.encode(record, training=False) for record in records]
+            answers = self.family.generate(self.policy, examples, batch_size=config.generation_batch, **how)
         flat = [(record, text) for record, texts in zip(records, answers, strict=True) for text in texts]
         scores = self.judge.score([record for record, _ in flat], [text for _, text in flat])
         made = []

@@ -135,20 +135,26 @@ def render(family: VlmFamily, record: str, messages: list[dict[str, Any]], *, ge
         raise VlmDataError(record, "template", f"the chat template refuses the messages: {error}") from error
 
 
-def _prefix(
-    family: VlmFamily, record: BranchRecord, text: str, media: Sequence[MediaRef]
-) -> tuple[Tensor, list[Unit]]:
-    """Token ids of the prompt with expanded placeholders, and the units in the order of their placeholders."""
+def opened(
+    family: VlmFamily, record: BranchRecord, media: Sequence[MediaRef]
+) -> tuple[list[Image.Image], list[Clip]]:
+    """Decoded pictures and clips, each in the order in which the messages name them."""
     order = [part.media for message in record.messages for part in message.parts if part.media is not None]
     settings = family.config
-    opened = [
+    found = [
         open_media(
             record.id, media[number], fps=settings.video_fps, max_frames=settings.max_frames, read_clip=family.read_clip
         )
         for number in order
     ]
-    images = [item for item in opened if isinstance(item, Image.Image)]
-    clips = [item for item in opened if isinstance(item, Clip)]
+    return [item for item in found if isinstance(item, Image.Image)], [item for item in found if isinstance(item, Clip)]
+
+
+def _prefix(
+    family: VlmFamily, record: BranchRecord, text: str, media: Sequence[MediaRef]
+) -> tuple[Tensor, list[Unit]]:
+    """Token ids of the prompt with expanded placeholders, and the units in the order of their placeholders."""
+    images, clips = opened(family, record, media)
     for kind, count in (("image", len(images)), ("video", len(clips))):
         mark = family.mark(kind)
         found = text.count(mark) if mark else 0
@@ -182,8 +188,13 @@ def _metadata(clip: Clip) -> Any:
 
 def _adds_special(family: VlmFamily, text: str) -> bool:
     """Whether the tokenizer should add its start token: not when the template has written it."""
+    return not starts_itself(family, text)
+
+
+def starts_itself(family: VlmFamily, text: str) -> bool:
+    """Whether a rendered prompt needs no start token: the template has written it, or wants none."""
     bos = family.tokenizer.bos_token
-    return not family.config.template_only and not (bos and text.startswith(bos))
+    return family.config.template_only or bool(bos and text.startswith(bos))
 
 
 def _answer(

@@ -133,7 +133,7 @@ def _group(
             logits_to_keep=1,
         ).logits[:, -1]  # fmt: skip
         position = position + 1
-    return [_text(family, ids) for ids in torch.stack(made, 1).tolist()]
+    return [text_of(family, ids) for ids in torch.stack(made, 1).tolist()]
 
 
 def pick(logits: Tensor, draw: Tensor, *, temperature: float, top_p: float, never: frozenset[int]) -> Tensor:
@@ -151,6 +151,7 @@ def pick(logits: Tensor, draw: Tensor, *, temperature: float, top_p: float, neve
     return order.gather(-1, place[:, None])[:, 0]
 
 
-def _text(family: VlmFamily, ids: list[int]) -> str:
+def text_of(family: VlmFamily, ids: list[int]) -> str:
+    """An answer's text up to its first end token."""
     end = next((place for place, number in enumerate(ids) if number in family.end_ids), len(ids))
     return str(family.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()

@@ -1,0 +1,122 @@
+"""What is asked of vLLM, by a stand-in for the library with its signatures (0.33); the library itself is not installed here."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmalign import rng
+from mmalign.errors import ConfigError, MissingExtraError
+from mmalign.models.adapters import attach_lora
+from mmalign.models.vlm.vllm_engine import VllmGenerator, VllmOptions
+from tests.fixtures.tiny_vlm import clip, load, picture, record
+
+Folders = Callable[[str], Path]
+
+
+@dataclass
+class SamplingParams:
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    max_tokens: int | None = 16
+    stop_token_ids: list[int] | None = None
+    skip_special_tokens: bool = True
+    logit_bias: dict[int, float] | None = None
+
+
+@dataclass
+class LoRARequest:
+    lora_name: str
+    lora_int_id: int
+    lora_path: str = ""
+
+
+@dataclass
+class LLM:
+    model: str
+    revision: str | None = None
+    dtype: str = "auto"
+    seed: int = 0
+    gpu_memory_utilization: float = 0.92
+    enforce_eager: bool = False
+    tensor_parallel_size: int = 1
+    max_model_len: int | None = None
+    enable_lora: bool = False
+    max_loras: int = 1
+    max_lora_rank: int = 16
+    asked: list[Any] = field(default_factory=list)
+
+    def generate(self, prompts: Any, sampling_params: Any = None, *, use_tqdm: bool = True, lora_request: Any = None) -> Any:
+        weights = load_file(Path(lora_request.lora_path) / "adapter_model.safetensors")
+        self.asked.append((prompts, sampling_params, lora_request, weights))
+        end = sampling_params[0].stop_token_ids[0]
+        said = [[40 + number % 3, end, 50] for number in range(len(prompts))]
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids)]) for ids in said]
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    library, lora, request = ModuleType("vllm"), ModuleType("vllm.lora"), ModuleType("vllm.lora.request")
+    vars(library).update(LLM=LLM, SamplingParams=SamplingParams)
+    vars(request).update(LoRARequest=LoRARequest)
+    for module in (library, lora, request):
+        module.__spec__ = ModuleSpec(module.__name__, None)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+SETTINGS: dict[str, Any] = {"max_new_tokens": 5, "temperature": 0.7, "top_p": 0.9, "seed": 3, "step": 2, "samples": 2}
+
+
+def test_questions_draws_and_the_adapter_of_the_step_are_sent(installed: None, folder_of: Folders) -> None:
+    family = load("qwen2_5_vl", folder_of("qwen2_5_vl"))
+    policy = attach_lora(family.network, rank=4, alpha=8, targets=family.lora_targets["language"], seed=0)
+    made = VllmGenerator(family, VllmOptions(max_model_len=512))
+    records = [record("a", media=[picture(1)]), record("b", media=[clip(1), picture(2)], prompt="And now?")]
+    answers = made.generate(policy, records, **SETTINGS)
+    word = [family.tokenizer.decode([40 + number]).strip() for number in range(3)]
+    assert answers == [[word[0], word[1]], [word[2], word[0]]]  # what stands behind the end token is not read
+    prompts, params, adapter, weights = made.engine(policy).asked[0]
+    assert [len(prompt["multi_modal_data"].get("image", [])) for prompt in prompts] == [1, 1, 1, 1]
+    frames, facts = prompts[2]["multi_modal_data"]["video"][0]
+    assert frames.shape[0] == 4 and facts["fps"] == 1.0 and facts["frames_indices"] == [0, 1, 2, 3]
+    ids = prompts[0]["prompt_token_ids"]
+    assert ids.count(family.image_token_id) == 1  # one mark a picture; the engine expands it
+    assert [item.seed for item in params] == [rng.key(3, "generate", 2, f"{name}#{k}") for name in "ab" for k in (0, 1)]
+    assert params[0].temperature == 0.7 and params[0].max_tokens == 5
+    assert set(params[0].logit_bias) == family.placeholder_ids and set(params[0].stop_token_ids) == family.end_ids
+    assert adapter.lora_int_id == 1 and all(name.startswith("base_model.model.") for name in weights)
+    with torch.no_grad():
+        for name, value in policy.named_parameters():
+            if "lora_B" in name:
+                value.fill_(0.5)
+    made.generate(policy, records[:1], **SETTINGS)
+    _, _, later, moved = made.engine(policy).asked[1]
+    assert later.lora_int_id == 2 and not Path(adapter.lora_path).exists()
+    assert all(float(value.min()) == 0.5 for name, value in moved.items() if "lora_B" in name)
+    engine = made.engine(policy)
+    assert (engine.model, engine.dtype, engine.enable_lora, engine.max_lora_rank) == (family.config.path, "float32", True, 8)
+
+
+def test_full_fine_tuning_is_refused(installed: None, folder_of: Folders) -> None:
+    family = load("llava", folder_of("llava"))
+    with pytest.raises(ConfigError, match="use tuning.name: lora"):
+        VllmGenerator(family, VllmOptions()).generate(family.network, [record("a", media=[picture(1)])], **SETTINGS)
+
+
+def test_without_the_library_the_extra_is_named(folder_of: Folders) -> None:
+    if importlib.util.find_spec("vllm") is not None:
+        pytest.skip("vLLM is installed here")
+    with pytest.raises(MissingExtraError, match=r"method.generator: vllm needs .*mmalign\[vllm\]"):
+        VllmGenerator(load("llava", folder_of("llava")), VllmOptions())
