@@ -62,6 +62,10 @@ def demo(out: str | Path, method: str = "diffusion_dpo", seed: int = 0, override
         raise ConfigError(f"--method: '{method}' has no embedded experiment{hint}; there are: {', '.join(known)}")
     folder = Path(out)
     _move_aside(folder)
+    if name == "personalized_dpo":
+        from mmalign.demo_people import demo_people
+
+        return demo_people(folder, assets.shipped("configs") / "tiny" / f"{name}.yaml", seed=seed, overrides=overrides)
     if name == "temple":
         from mmalign.demo_temple import demo_temple
 

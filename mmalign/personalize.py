@@ -16,6 +16,8 @@ import numpy as np
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mmalign.experiment.opening import OpenRun
     from mmalign.models.users.blend import Mode
     from mmalign.models.users.store import UserStore
@@ -120,30 +122,41 @@ def add_user(
     Raises:
         ConfigError: fewer pairs than `minimum`, all of them ties, or a known name where `replace` is False.
     """
-    from mmalign.experiment.users import encode_user, users_of
-    from mmalign.models.users.encoders import key_of
-
     decided = [record for record in records if record.p_chosen != 0.5]
     if len(decided) < minimum:
         raise ConfigError(f"--pairs: {len(decided)} decided pairs of '{name}'; at least {minimum} are needed")
+    embedding, keys, kind = embed_user(run, decided, fit=fit, seed=seed)
+    return store_of(run).add(name, embedding, kind=kind, pairs=keys, replace=replace).key
+
+
+def embed_user(
+    run: OpenRun, records: Sequence[PairRecord], *, fit: int | None = None, seed: int = 0
+) -> tuple[Tensor, tuple[str, ...], str]:
+    """The embedding of some pairs ``[rows, dim]``, the keys of the pairs, and how it came about: encoded or fitted.
+
+    Raises:
+        ConfigError: no steps to fit a user of a run that has no encoder.
+    """
+    from mmalign.experiment.users import encode_user, users_of
+    from mmalign.models.users.encoders import key_of
+
     settings = users_of(run.config)
     assert settings is not None
     encoded = settings.source == "encoded"
     steps = fit if fit is not None else (0 if encoded else 60)
     start = None
     if encoded:
-        start, keys = encode_user(run.config, decided, run.family.device)
+        start, keys = encode_user(run.config, records, run.family.device)
     else:
-        keys = tuple(key_of(record) for record in decided)
+        keys = tuple(key_of(record) for record in records)
         if not steps:
             raise ConfigError("--fit 0: the users of this run are learned, not read from pairs; a new one has to be fitted")
     if steps:
         from mmalign.experiment.fitting import fit_user
 
-        start = fit_user(run, decided, start=start, steps=steps, seed=seed)
+        start = fit_user(run, records, start=start, steps=steps, seed=seed)
     assert start is not None
-    kind = "fitted" if steps else "encoded"
-    return store_of(run).add(name, start, kind=kind, pairs=keys, replace=replace).key
+    return start, keys, "fitted" if steps else "encoded"
 
 
 def sample_for(

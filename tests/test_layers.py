@@ -23,7 +23,7 @@ LAYERS = {
     "engine": 4,
     "experiment": 5, "evaluation": 5, "evaluate_guard": 5, "compare": 5, "report": 5, "export": 5, "demo": 5, "generate": 5,
     "annotate": 5, "scoring": 5, "sampling": 5,
-    "demo_vlm": 5, "demo_temple": 5, "videobench": 5, "personalize": 5, "cli": 5, "__main__": 5,
+    "demo_vlm": 5, "demo_temple": 5, "demo_people": 5, "videobench": 5, "personalize": 5, "cli": 5, "__main__": 5,
 }  # fmt: skip
 """Part of the package -> layer. A part imports from lower layers and itself; only the top layer imports sideways."""
 
