@@ -28,7 +28,7 @@ def in_batches(
     """Encode pictures `size` at a time, or fewer where the device's memory does not allow it.
 
     Args:
-        stacks: uint8 or float pixels ``[3, s, s]``, already resized.
+        stacks: uint8 or float pixels ``[3, s, s]``, already resized; some may lie on the encoder's device already.
         pad: fill the last batch with black pictures, so that a compiled encoder sees one shape.
 
     Returns:
@@ -37,7 +37,7 @@ def in_batches(
     out: list[tuple[Tensor, ...]] = []
     start = 0
     while start < len(stacks):
-        batch = torch.stack(list(stacks[start : start + size]))
+        batch = _stacked(stacks[start : start + size], backend.device)
         count = len(batch)
         if pad and count < size:
             batch = torch.cat([batch, batch.new_zeros((size - count, *batch.shape[1:]))])
@@ -55,6 +55,13 @@ def in_batches(
             torch.cuda.empty_cache()
             size = max(1, size // 2)
     return out
+
+
+def _stacked(pixels: Sequence[Tensor], device: torch.device) -> Tensor:
+    """One batch of them; on `device` where any lies there, for those that were resized there are not brought back."""
+    if len({value.device for value in pixels}) > 1:
+        pixels = [value.to(device, non_blocking=True) for value in pixels]
+    return torch.stack(list(pixels))
 
 
 def stack_padded(values: tuple[Tensor, ...]) -> Tensor:
