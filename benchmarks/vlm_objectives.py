@@ -27,8 +27,7 @@ from mmalign.data.files import write_text
 from mmalign.experiment.opening import load_any, open_run
 from mmalign.experiment.running import train_experiment
 from mmalign.experiment.settings import load_experiment
-from mmalign.statistics import Interval, mean_interval, paired_difference
-from mmalign.world.hallucination import ratio_interval
+from mmalign.statistics import Interval, mean_interval, paired_difference, ratio_interval
 
 HELD_OUT, QUESTIONS = 200, 360
 

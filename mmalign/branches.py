@@ -92,6 +92,22 @@ class BranchRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """What a judge says of one answer. Either a score or a reason why there is none, never a guess."""
+
+    score: float | None
+    """Higher is better."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """What the score is made of, by name: counts, lengths."""
+    notes: tuple[str, ...] = ()
+    """What is wrong with the answer, in words."""
+    reason: str | None = None
+    """One word of a fixed list where there is no score."""
+    raw: str = ""
+    """The judge's own words, where it is a model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
     """What a vision tower reads in one piece: a picture, a tile of one, or a clip, as the processor made it."""
 

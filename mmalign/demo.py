@@ -7,6 +7,7 @@ reward, a hold-out judge and the oracle. Methods on ranked lists train on the sc
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,12 @@ CONTROL = "diffusion_sft"
 REWARD = "tiny-clip"
 ALSO = {"inpo": "ddim_inpo", "dpo": "diffusion_dpo", "kto": "diffusion_kto", "orpo": "diffusion_orpo", "sft": CONTROL}
 """Short names that are understood as well."""
+ON_ANSWERS = "mmalign.demo_vlm:demo_answers"
+RECIPES = {
+    "personalized_dpo": "mmalign.demo_people:demo_people", "temple": "mmalign.demo_temple:demo_temple",
+    "cxr_dpo": "mmalign.demo_cxr:demo_reports",
+}  # fmt: skip
+"""Methods with an experiment of their own making: ``function(folder, experiment, *, seed, overrides)``."""
 SHARED = ("lr", "warmup_steps", "steps", "batch_size")
 """What the control takes over from the method."""
 
@@ -62,18 +69,10 @@ def demo(out: str | Path, method: str = "diffusion_dpo", seed: int = 0, override
         raise ConfigError(f"--method: '{method}' has no embedded experiment{hint}; there are: {', '.join(known)}")
     folder = Path(out)
     _move_aside(folder)
-    if name == "personalized_dpo":
-        from mmalign.demo_people import demo_people
-
-        return demo_people(folder, assets.shipped("configs") / "tiny" / f"{name}.yaml", seed=seed, overrides=overrides)
-    if name == "temple":
-        from mmalign.demo_temple import demo_temple
-
-        return demo_temple(folder, assets.shipped("configs") / "tiny" / f"{name}.yaml", seed=seed, overrides=overrides)
-    if on_answers(name):
-        from mmalign.demo_vlm import demo_answers
-
-        return demo_answers(folder, assets.shipped("configs") / "tiny" / f"{name}.yaml", seed=seed, overrides=overrides)
+    if name in RECIPES or on_answers(name):
+        module, _, function = RECIPES.get(name, ON_ANSWERS).partition(":")
+        show = getattr(importlib.import_module(module), function)
+        return show(folder, assets.shipped("configs") / "tiny" / f"{name}.yaml", seed=seed, overrides=overrides)
     pairs = label_candidates(folder / "data")
     manifest = folder / "data" / "candidates" if METHODS.get(name).batches == "lists" else pairs
     common = [f"run.seed={seed}", f"model.path={assets.path('tiny-sd')}", *overrides]

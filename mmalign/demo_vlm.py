@@ -20,9 +20,9 @@ import numpy as np
 from mmalign import assets
 from mmalign.demo import SHARED
 from mmalign.report.files import merge_json
-from mmalign.statistics import Interval, mean_interval, paired_difference
+from mmalign.statistics import Interval, mean_interval, paired_difference, ratio_interval
 from mmalign.world.board_tables import prompt, reply, write_boards, write_descriptions, write_questions, write_rows
-from mmalign.world.hallucination import CaptionCheck, check_caption, rates, ratio_interval
+from mmalign.world.hallucination import CaptionCheck, check_caption, rates
 from mmalign.world.questions import normalise
 from mmalign.world.scenes import parse_key
 

@@ -139,6 +139,22 @@ def mean_interval(
     return Interval(mean=mean, low=float(low), high=float(high), prompts=int(kept.size), excluded=excluded)
 
 
+def ratio_interval(
+    parts: Sequence[float], wholes: Sequence[float], *, seed: int = 0, resamples: int = 10_000
+) -> Interval:
+    """Sum of `parts` over sum of `wholes` with its percentile bootstrap interval; rows are what is resampled.
+
+    For rates that are ratios of two sums over rows and not means of ratios, such as CHAIR_i and a micro F1. A resample without
+    wholes counts as 0.
+    """
+    top, bottom = np.asarray(parts, np.float64), np.asarray(wholes, np.float64)
+    mean = float(top.sum() / max(1.0, bottom.sum()))
+    drawn = np.random.default_rng(seed).integers(len(top), size=(resamples, len(top)))
+    ratios = top[drawn].sum(1) / np.maximum(1.0, bottom[drawn].sum(1))
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return Interval(mean=mean, low=float(low), high=float(high), prompts=len(top))
+
+
 def paired_difference(
     scores: ArrayLike, baseline: ArrayLike, prompts: Sequence[str] | None = None, *, seed: int = 0
 ) -> Interval:

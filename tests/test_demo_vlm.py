@@ -15,7 +15,8 @@ from mmalign.data import open_vlm
 from mmalign.demo import demo, shown
 from mmalign.experiment.opening import load_any
 from mmalign.experiment.settings import load_experiment
-from mmalign.world.hallucination import check_caption, ratio_interval
+from mmalign.statistics import ratio_interval
+from mmalign.world.hallucination import check_caption
 from mmalign.world.questions import KINDS
 from mmalign.world.scenes import parse_key
 

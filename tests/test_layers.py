@@ -23,7 +23,7 @@ LAYERS = {
     "engine": 4,
     "experiment": 5, "evaluation": 5, "evaluate_guard": 5, "compare": 5, "report": 5, "export": 5, "demo": 5, "generate": 5,
     "annotate": 5, "scoring": 5, "sampling": 5,
-    "demo_vlm": 5, "demo_temple": 5, "demo_people": 5, "videobench": 5, "personalize": 5, "cli": 5, "__main__": 5,
+    "demo_vlm": 5, "demo_cxr": 5, "demo_temple": 5, "demo_people": 5, "videobench": 5, "personalize": 5, "cli": 5, "__main__": 5,
 }  # fmt: skip
 """Part of the package -> layer. A part imports from lower layers and itself; only the top layer imports sideways."""
 
@@ -33,8 +33,9 @@ ENGINE_MAY_USE = {"config", "diffusion", "objectives", "media", "statistics", "t
 """The loop knows no model, reward or sampler: nothing of layer 2."""
 
 HEAVY = {
-    "accelerate", "av", "cv2", "bitsandbytes", "datasets", "diffusers", "matplotlib", "open_clip", "peft", "ray", "scenedetect",
-    "tensorboard", "torchvision", "transformers", "wandb", "xformers",
+    "accelerate", "av", "bert_score", "cv2", "bitsandbytes", "datasets", "diffusers", "matplotlib", "open_clip", "peft",
+    "pydicom", "ray", "rouge_score", "sacrebleu", "scenedetect", "tensorboard", "torchvision", "transformers", "wandb",
+    "xformers",
 }  # fmt: skip
 """Libraries that take long to import, or may be missing: imported inside the functions that need them."""
 WHOLE_PURPOSE: dict[str, set[str]] = {}

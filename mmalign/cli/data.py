@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -194,19 +194,40 @@ def show(
 
 @commands.command()
 def pairs(
-    ranked: Annotated[Path, typer.Argument(help="A table of ranked lists: id, prompt, images, scores.")],
+    ranked: Annotated[
+        Path,
+        typer.Argument(help="Ranked lists (id, prompt, images, scores) or lists of answers (prompt, answers, scores)."),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder of the new table.")],
     rule: Annotated[Literal["best_worst", "all_pairs"], typer.Option(help="Which pairs a list gives.")] = "best_worst",
     reward: Annotated[str | None, typer.Option(help="Whose scores rank; needed when there are several.")] = None,
     min_margin: Annotated[float, typer.Option(help="Smallest difference of scores that makes a pair.")] = 0.0,
     soft: Annotated[bool, typer.Option("--soft", help="p_chosen = sigmoid(difference) instead of 1.")] = False,
+    max_length_ratio: Annotated[
+        float | None, typer.Option(help="Answers: leave out pairs of which one has more than so many times the other's words.")
+    ] = None,
+    balance_lengths: Annotated[
+        bool, typer.Option("--balance-lengths", help="Answers: leave out pairs until both sides are about equally long.")
+    ] = False,
     strict: Strict = False,
 ) -> int:
-    """Make preference pairs from ranked lists."""
+    """Make preference pairs from ranked lists of pictures or of answers."""
     from mmalign import data
+    from mmalign.data.vlm import is_vlm
     from mmalign.errors import DataError
 
-    report = data.make_pairs(ranked, out, rule=rule, reward=reward, min_margin=min_margin, soft=soft)
+    report: Any
+    if is_vlm(ranked):
+        from mmalign.sampling.pairs import make_answer_pairs
+
+        report = make_answer_pairs(
+            ranked, out, rule=rule, reward=reward, min_margin=min_margin, soft=soft, max_length_ratio=max_length_ratio,
+            balance_lengths=balance_lengths,
+        )  # fmt: skip
+    elif max_length_ratio is not None or balance_lengths:
+        raise DataError(f"{ranked}: --max-length-ratio and --balance-lengths are for answers, and this table holds pictures")
+    else:
+        report = data.make_pairs(ranked, out, rule=rule, reward=reward, min_margin=min_margin, soft=soft)
     typer.echo(str(report))
     if report.quarantined and strict:
         raise DataError(f"{report.quarantined} bad rows in {ranked}, and --strict allows none; the table was written")

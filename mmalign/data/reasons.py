@@ -56,6 +56,9 @@ DROP: Final = (
     "too_long",
     "other_stage",
     "disliked",
+    "no_score",
+    "length_balance",
+    "no_report",
 )
 """Sound rows that a policy leaves out: listed and counted, but not held against the table."""
 

@@ -199,8 +199,11 @@ def probability_of(values: Mapping[str, Any]) -> float:
     return found
 
 
-def scores_of(values: Mapping[str, Any], count: int) -> list[dict[str, float]]:
+def scores_of(values: Mapping[str, Any], count: int, *, may_lack: bool = False) -> list[dict[str, float]]:
     """Reward -> score of every answer.
+
+    Args:
+        may_lack: null stands for an answer that a judge could not score; it then lacks that reward.
 
     Raises:
         RowProblem: a list of another length, or a number that is not finite.
@@ -209,10 +212,12 @@ def scores_of(values: Mapping[str, Any], count: int) -> list[dict[str, float]]:
     for name, given in (values.get("scores") or {}).items():
         if given is None:
             continue
-        if len(given) != count or any(value is None or not math.isfinite(value) for value in given):
+        there = [value for value in given if value is not None or not may_lack]
+        if len(given) != count or any(value is None or not math.isfinite(value) for value in there):
             raise RowProblem(f"scores.{name}", "non_finite_score", f"expected {count} finite numbers, got {given}")
         for answer, value in zip(found, given, strict=True):
-            answer[name] = float(value)
+            if value is not None:
+                answer[name] = float(value)
     return found
 
 
@@ -270,7 +275,7 @@ def list_record(
     messages, kinds = messages_of(
         turns_of(values["prompt"], "prompt", role="user"), {"image": len(images), "video": len(videos)}
     )
-    scores = scores_of(values, len(texts)) if column == "answers" else [{}] * len(texts)
+    scores = scores_of(values, len(texts), may_lack=True) if column == "answers" else [{}] * len(texts)
     return BranchRecord(
         id=row_id, messages=messages, media=ordered(kinds, images, videos),
         answers=tuple(

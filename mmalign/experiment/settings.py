@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
 from mmalign.config import Resolved, Section, Variants, decode, explain_yaml, json_schema, load_yaml
 from mmalign.engine.settings import OptimConfig, RunConfig
 from mmalign.errors import ConfigError
@@ -100,6 +102,17 @@ class DataConfig(Section):
     """Batches prepared ahead."""
 
 
+class ReportsConfig(Section):
+    """Further figures where answers are reports with a reference each (docs/chest_xray.md)."""
+
+    extractor: str = "cxr-findings"
+    """Who reads findings: a name of `mmalign.rewards.findings.EXTRACTORS`, or package.module:Class."""
+    overlap: tuple[Literal["bleu", "rouge-l", "bertscore"], ...] = ("bleu", "rouge-l", "bertscore")
+    """Measures of words in common; those whose library or model is missing are named as absent."""
+    bertscore_model: str | None = None
+    """Folder or hub id of BERTScore's encoder."""
+
+
 class EvaluateConfig(Section):
     """How aligned and base model are compared."""
 
@@ -122,6 +135,12 @@ class EvaluateConfig(Section):
     """Methods on answers: most tokens of a sampled answer."""
     temperature: float = 0.0
     """Methods on answers: of sampled answers; 0 takes the most likely token."""
+    reports: ReportsConfig | None = None
+    """Methods on answers: also compare findings, errors and lengths with reference reports."""
+    tasks: dict[str, str] = Field(default_factory=dict)
+    """Methods on answers: held-out tasks that alignment must not harm, by name: tables of questions with right answers."""
+    judge_options: dict[str, Any] = Field(default_factory=dict)
+    """Methods on answers: settings of judges that are models, e.g. {green-api.retries: 8}."""
 
 
 class ExperimentConfig(Section):
@@ -240,6 +259,7 @@ def _contradictions(config: ExperimentConfig) -> list[str]:
     return problems
 
 
+ANSWERS_EVALUATED = ("reports", "tasks", "judge_options")
 PICTURES_ONLY = ("resolution", "flip", "crop", "drop_caption", "draws")
 ANSWERS_ONLY = ("max_length", "max_answer", "stage", "cache_vision", "cache_frames")
 
@@ -252,7 +272,11 @@ def _kinds(config: ExperimentConfig) -> list[str]:
         return [f"model.name: '{method}' trains {kinds[not answers]}; '{config.model_name}' is {kinds[answers]}"]
     without = PICTURES_ONLY if answers else ANSWERS_ONLY
     given, defaults = config.data.model_dump(), {name: field.default for name, field in DataConfig.model_fields.items()}
-    return [f"data.{name}: has no effect with '{method}'; remove it" for name in without if given[name] != defaults[name]]
+    found = [f"data.{name}: has no effect with '{method}'; remove it" for name in without if given[name] != defaults[name]]
+    if not answers:
+        asked = config.evaluate.model_dump()
+        found += [f"evaluate.{name}: has no effect with '{method}'; remove it" for name in ANSWERS_EVALUATED if asked[name]]
+    return found
 
 
 def _stored_reference(config: ExperimentConfig) -> list[str]:
@@ -260,7 +284,8 @@ def _stored_reference(config: ExperimentConfig) -> list[str]:
     if config.reference_name != "precomputed":
         return []
     problems, objective = [], config.method.model_dump().get("objective")
-    if not METHODS.get(config.method_name).stored_reference or objective == "ld_dpo":
+    method = METHODS.get(config.method_name)
+    if not method.stored_reference or objective == "ld_dpo" or method.wants_mismatched(config.method):
         problems.append(
             f"reference.name: '{objective or config.method_name}' asks its reference about answers that are not in the table, or "
             "token by token, so it cannot be precomputed; use 'adapter_off' with lora or 'copy' with full"

@@ -17,7 +17,7 @@ def answer_files(config: ExperimentConfig) -> list[str]:
     from mmalign.data.vlm import open_vlm
     from mmalign.experiment.vlm_inputs import require_kind
     from mmalign.experiment.vlm_samples import read_questions
-    from mmalign.rewards.answers import load_judge
+    from mmalign.rewards.answers import require_judge
 
     problems = []
     if not Path(config.data.manifest).exists():
@@ -41,14 +41,38 @@ def answer_files(config: ExperimentConfig) -> list[str]:
                        ("evaluate.holdout", config.evaluate.holdout)):  # fmt: skip
         for name in names:
             try:
-                load_judge(name, options if key == "method.judge" else None)
+                require_judge(name, options if key == "method.judge" else None)
             except ConfigError as error:
                 problems += [f"{key}: {problem}" for problem in error.problems]
             except RewardError as error:
                 problems.append(f"{key}: {error}")
+    problems += _held_out(config)
     path = config.model.model_dump()["path"]
     if "/" not in path and not Path(path).exists():
         problems.append(f"model.path: no folder '{path}', and a hub id has the form owner/name")
+    return problems
+
+
+def _held_out(config: ExperimentConfig) -> list[str]:
+    """What is wrong with the tasks and the extractor of an evaluation."""
+    from mmalign.experiment.vlm_tasks import task_records
+    from mmalign.rewards.findings import load_extractor
+
+    problems: list[str] = []
+    for name, source in config.evaluate.tasks.items():
+        try:
+            task_records(name, source)
+        except ConfigError as error:
+            problems += error.problems
+        except DataError as error:
+            problems.append(f"evaluate.tasks.{name}: {error}")
+    if config.evaluate.reports is not None:
+        try:
+            load_extractor(config.evaluate.reports.extractor)
+        except ConfigError as error:
+            problems += [f"evaluate.reports.extractor: {problem}" for problem in error.problems]
+        except RewardError as error:
+            problems.append(f"evaluate.reports.extractor: {error}")
     return problems
 
 

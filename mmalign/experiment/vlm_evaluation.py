@@ -13,21 +13,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmalign.branches import BranchRecord
+from mmalign.branches import BranchRecord, Judgement
 from mmalign.errors import ConfigError
 from mmalign.evaluation import EvaluationResult, reward_figures
+from mmalign.experiment.report_figures import report_figures, scores_of
 from mmalign.experiment.vlm_samples import AnswerSamples, ask, question_text, read_questions
+from mmalign.experiment.vlm_tasks import evaluate_tasks
 from mmalign.report import files
 from mmalign.report.figures import BASE, EvaluationFigures, GroupFigures
 from mmalign.report.folder import read_lines
 from mmalign.report.warnings import collect
-from mmalign.rewards.answers import load_judge
+from mmalign.rewards.answers import judgements, load_judge, reference_text
 from mmalign.statistics import mean_interval, paired_difference
+from mmalign.trainers import METHODS
 
 if TYPE_CHECKING:
     from mmalign.experiment.opening import OpenRun
 
 WORDS = "words"
+REPLIES = "judge/replies.jsonl"
+"""Where a run folder keeps the replies of judges that are models."""
 
 
 def evaluate_answers(run: OpenRun) -> EvaluationResult:
@@ -41,15 +46,23 @@ def evaluate_answers(run: OpenRun) -> EvaluationResult:
     judges = [*settings.rewards, *settings.holdout]
     if not records or not judges or len(set(judges)) != len(judges):
         raise ConfigError("evaluate: questions (evaluate.prompts) and judges (evaluate.rewards), each once, are needed")
-    answers = {
-        model: [found[0] for found in ask(config, run.family, network, records)] for model, network in run.networks().items()
-    }
-    scores = {name: _judged(name, records, answers) for name in judges}
+    networks = run.networks()
+    answers = {model: [found[0] for found in ask(config, run.family, network, records)] for model, network in networks.items()}
+    judged = {name: _judged(name, run, records, answers) for name in judges}
+    scores = {name: {model: scores_of(found) for model, found in models.items()} for name, models in judged.items()}
     result = compare_answers(
         records, scores, roles=_roles(settings.rewards, settings.holdout), seed=config.run.seed,
         headline=settings.rewards[0] if settings.rewards else None,
     )  # fmt: skip
-    _write(run, records, answers, result)
+    more: dict[str, Any] = {}
+    if settings.reports is not None:
+        more["reports"] = report_figures(records, answers, judged, settings.reports, seed=config.run.seed)
+    if settings.tasks:
+        more["tasks"] = evaluate_tasks(run, networks)
+    notice = METHODS.get(config.method_name).notice
+    if notice:
+        more["notice"] = notice
+    _write(run, records, answers, judged, result, more)
     return result
 
 
@@ -59,11 +72,15 @@ def _roles(rewards: Sequence[str], holdout: Sequence[str]) -> dict[str, str]:
     return {**named, **dict.fromkeys(holdout, "holdout")}
 
 
-def _judged(name: str, records: Sequence[BranchRecord], answers: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
-    """Model -> score of every answer, NaN where the judge cannot say."""
-    judge = load_judge(name)
-    found = {model: judge.score(records, said) for model, said in answers.items()}
-    return {model: np.array([math.nan if x is None else x for x in values]) for model, values in found.items()}
+def _judged(
+    name: str, run: OpenRun, records: Sequence[BranchRecord], answers: Mapping[str, Sequence[str]]
+) -> dict[str, list[Judgement]]:
+    """Model -> what the judge says of every answer. Replies of a judge that is a model are kept in the run folder."""
+    given = {key.rpartition(".")[::2]: value for key, value in run.config.evaluate.judge_options.items()}
+    parts = name.split(":")
+    options = {setting: value for (judge, setting), value in given.items() if judge in parts}
+    judge = load_judge(name, options=options, replies=run.folder / REPLIES)
+    return {model: judgements(judge, records, said) for model, said in answers.items()}
 
 
 def compare_answers(
@@ -113,20 +130,30 @@ def lengths(answers: Mapping[str, Sequence[str]], owners: Sequence[str], seed: i
 
 
 def _write(
-    run: OpenRun, records: Sequence[BranchRecord], answers: Mapping[str, Sequence[str]], result: EvaluationResult
-) -> None:
+    run: OpenRun, records: Sequence[BranchRecord], answers: Mapping[str, Sequence[str]],
+    judged: Mapping[str, Mapping[str, Sequence[Judgement]]], result: EvaluationResult, more: Mapping[str, Any],
+) -> None:  # fmt: skip
     """Answers and scores first, the summary last, so that figures never precede their files."""
     folder, writer = run.folder, AnswerSamples(run.config, run.family, run.aligned)
     lines = []
     for row, record in enumerate(records):
-        judged = {
+        scores = {
             name: {model: float(found[model][row]) if math.isfinite(found[model][row]) else None for model in answers}
             for name, found in result.scores.items()
         }
-        lines.append(
-            {"id": record.id, "question": question_text(record), "media": writer.pictures(record), "group": record.group,
-             "answers": {model: said[row] for model, said in answers.items()}, "scores": judged}
-        )  # fmt: skip
+        line: dict[str, Any] = {
+            "id": record.id, "question": question_text(record), "media": writer.pictures(record), "group": record.group,
+            "answers": {model: texts[row] for model, texts in answers.items()}, "scores": scores,
+        }  # fmt: skip
+        notes = {
+            name: {model: {"notes": list(found[row].notes), "reason": found[row].reason} for model, found in models.items()}
+            for name, models in judged.items() if any(found[row].notes or found[row].reason for found in models.values())
+        }  # fmt: skip
+        if notes:
+            line["judged"] = notes
+        if "reports" in more:
+            line["reference"] = reference_text(record)
+        lines.append(line)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     files.write_text(folder / "samples" / "evaluation" / "answers.jsonl", text)
     rows = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in result.rows())
@@ -137,6 +164,6 @@ def _write(
     found = collect(read_lines(folder / "metrics.jsonl", []) or (), {**summary, "answers": said}, result.figures)
     files.merge_json(
         path,
-        {"evaluation": result.as_dict(), "win_rate": result.headline(), "answers": said,
+        {"evaluation": result.as_dict(), "win_rate": result.headline(), "answers": said, **more,
          "warnings": [finding.text for finding in found]},
     )  # fmt: skip

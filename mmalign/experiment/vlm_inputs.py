@@ -108,7 +108,7 @@ def require_kind(config: ExperimentConfig, table: VlmTable) -> None:
 
 def wants_mismatched(config: ExperimentConfig) -> bool:
     """Whether rows need another row's answer behind their own (KTO's reference point)."""
-    return str(config.method.model_dump().get("reference_point", "")) == "mismatched"
+    return bool(METHODS.get(config.method_name).wants_mismatched(config.method))
 
 
 def shaper(config: ExperimentConfig) -> Callable[[BranchRecord], BranchRecord]:

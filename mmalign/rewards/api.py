@@ -7,6 +7,7 @@ caller (a wrong address, model or key), or never answered at all, ends the run.
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import math
@@ -33,7 +34,10 @@ KEY = "MMALIGN_JUDGE_KEY"
 """Environment variable with the endpoint's key, where it needs one and no other variable is named."""
 MAX_ANSWER = 4 * 1024 * 1024
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 8.0
-"""Seconds between attempts: doubled each time, or what the server asks for, up to the longest."""
+"""Seconds between attempts: doubled each time, up to the longest."""
+LONGEST_ASKED = 60.0
+"""Most seconds a server is given that says how long to stay away (``Retry-After``)."""
+READ_AT_ONCE = 1 << 16
 REFUSED = (401, 403, 404)
 """Answers no repetition can change for any row."""
 LEAST_MASS = 0.5
@@ -50,6 +54,10 @@ class Said:
     error: str | None = None
     """Why there is no answer."""
     attempts: int = 1
+    cut: bool = False
+    """The server says that its limit of tokens ended the answer."""
+    is_final: bool = True
+    """False where the question might be answered at another time: the server was busy, broken or silent."""
 
 
 class ApiVlm:
@@ -77,35 +85,42 @@ class ApiVlm:
             RewardError: the server refuses the caller, or never gave any answer.
         """
         with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(lambda question: self._one(question, max_tokens, seed, top), questions))
+            return list(pool.map(lambda question: self.ask_one(question, max_tokens=max_tokens, seed=seed, top=top), questions))
 
     def reply(self, questions: Sequence[Question], *, max_tokens: int) -> list[str]:
         """Replies, empty where there is none; for `judge_pairs`."""
         return [said.text for said in self.ask(questions, max_tokens=max_tokens)]
 
-    def _one(self, question: Question, max_tokens: int, seed: int, top: int) -> Said:
+    def ask_one(self, question: Question, *, max_tokens: int, seed: int = 0, top: int = 0) -> Said:
+        """One answer; may be called from several threads. Raises as `ask`."""
         content: list[dict[str, Any]] = [
             {"type": "image_url", "image_url": {"url": _data_url(image)}} for image in question.images
         ]
         content.append({"type": "text", "text": question.text})
-        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0,
-                                "max_tokens": max_tokens, "seed": seed}  # fmt: skip
+        body: dict[str, Any] = {
+            "model": self.model, "temperature": 0, "max_tokens": max_tokens, "seed": seed,
+            # Servers of models without eyes know plain text alone.
+            "messages": [{"role": "user", "content": content if question.images else question.text}],
+        }  # fmt: skip
         if top:
             body |= {"logprobs": True, "top_logprobs": top}
         answer, error, attempts = self._post(json.dumps(body).encode())
         if answer is None:
-            return Said(error=error, attempts=attempts)
+            final = error == "too_long" or (error.startswith("http_4") and error not in ("http_408", "http_429"))
+            return Said(error=error, attempts=attempts, is_final=final)
         try:
-            choice = json.loads(answer)["choices"][0]
+            choice = answer["choices"][0]
             text = choice["message"]["content"]
             if not isinstance(text, str):
                 raise TypeError("no text")
             tokens = _first_tokens(choice) if top else None
         except (ValueError, KeyError, IndexError, TypeError):
             return Said(error="malformed_answer", attempts=attempts)
-        return Said(text=text, tokens=tokens, attempts=attempts)
+        return Said(text=text, tokens=tokens, attempts=attempts, cut=choice.get("finish_reason") == "length")
 
-    def _post(self, body: bytes) -> tuple[bytes | None, str, int]:
+    def _post(self, body: bytes) -> tuple[Any, str, int]:
+        """(what the server answered, why there is nothing, attempts). A body that is no JSON was cut on its way, whatever
+        length its head promised, and is asked for again."""
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -114,26 +129,40 @@ class ApiVlm:
             request = urllib.request.Request(f"{self.url}/chat/completions", data=body, headers=headers)
             pause = min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE)
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                    found = bytes(answer.read(MAX_ANSWER))
+                found = self._read(request)
                 self._answered = True
-                return found, "", attempt
+                if len(found) > MAX_ANSWER:
+                    return None, "too_long", attempt
+                return json.loads(found), "", attempt
             except urllib.error.HTTPError as error:
                 self._answered = self._answered or error.code not in REFUSED
                 last = f"http_{error.code}"
                 if error.code in REFUSED:
                     words = error.read(500).decode(errors="replace")
                     raise RewardError(f"{self.url} refuses model '{self.model}': {error.code} {words}") from error
-                if error.code != 429 and error.code < 500:
+                if error.code not in (408, 429) and error.code < 500:
                     return None, last, attempt
                 pause = _asked_pause(error.headers.get("Retry-After"), pause)
-            except (OSError, ValueError) as error:  # ValueError: an answer that is no HTTP
+            except ValueError:
+                last = "malformed_answer"
+            except (OSError, http.client.HTTPException) as error:
                 last = "no_answer"
                 if attempt > self.retries and not self._answered:
                     raise RewardError(f"{self.url} did not answer in {attempt} attempts: {error}") from error
             if attempt <= self.retries:
                 time.sleep(pause)
         return None, last, self.retries + 1
+
+    def _read(self, request: urllib.request.Request) -> bytes:
+        """The whole answer. A server that sends a byte now and then has `timeout` seconds in all, as a silent one has."""
+        end = time.monotonic() + self.timeout
+        found = bytearray()
+        with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+            while len(found) <= MAX_ANSWER and (block := answer.read1(READ_AT_ONCE)):
+                found += block
+                if time.monotonic() > end:
+                    raise TimeoutError(f"the answer was not complete after {self.timeout} seconds")
+        return bytes(found)
 
 
 class ApiJudge(DirectBackend):
@@ -225,4 +254,4 @@ def _first_tokens(choice: Mapping[str, Any]) -> dict[str, float]:
 
 def _asked_pause(text: str | None, ours: float) -> float:
     """The server's wish in seconds, within bounds."""
-    return min(float(text), LONGEST_PAUSE) if text is not None and text.isdecimal() else ours
+    return min(float(text), LONGEST_ASKED) if text is not None and text.isdecimal() else ours

@@ -27,7 +27,7 @@ class SampledRow:
     answers: tuple[str, ...]
     """Of a pair: chosen, rejected. Of a list: two or more. None is empty."""
     scores: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
-    """Judge -> one number per answer. A row with a None among them has no scores of that judge."""
+    """Judge -> one number per answer, None where it could not say."""
     stage: int | None = None
     group: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)

@@ -25,7 +25,7 @@ class CandidatesConfig(Section):
         if self.samples < 2:
             raise ValueError(f"samples must be at least 2, got {self.samples}")
         for judge in self.judges:
-            if judge not in ANSWER_JUDGES:
+            if judge.partition(":")[0] not in ANSWER_JUDGES:
                 raise ValueError(f"judges: {ANSWER_JUDGES.unknown(judge)}")
 
 

@@ -51,8 +51,8 @@ def table_row(
     return values
 
 
-def _numbers(values: Any) -> list[float] | None:
-    return None if values is None or any(value is None for value in values) else [float(value) for value in values]
+def _numbers(values: Any) -> list[float | None] | None:
+    return None if values is None else [None if value is None else float(value) for value in values]
 
 
 def _messages(messages: Any, media: tuple[MediaRef, ...]) -> list[dict[str, Any]]:

@@ -72,6 +72,11 @@ METHODS.add(
     summary="plain fine-tuning on answers (of pairs: the chosen ones)", cite="arXiv:2304.08485",
 )  # fmt: skip
 METHODS.add(
+    "cxr_dpo", "mmalign.trainers.cxr_dpo:CxrDPO",
+    summary="reports on radiographs aligned by a judge that reads reference reports: DPO, LC-DPO, IPO, KTO, ORPO",
+    cite="arXiv:2410.07025",
+)  # fmt: skip
+METHODS.add(
     "sft", "mmalign.trainers.vlm_sft:VlmSFT", summary="short name of vlm_sft", cite="arXiv:2304.08485",
 )  # fmt: skip
 METHODS.add(

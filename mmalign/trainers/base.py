@@ -65,6 +65,9 @@ class Trainer(ABC):
     stored_reference: ClassVar[bool] = False
     """Whether the reference's scores of stored draws are all it needs of the reference (`reference: precomputed`)."""
 
+    notice: ClassVar[str] = ""
+    """What everyone who runs the method, or reads its page, must be told."""
+
     policy: nn.Module
     """The only module that receives gradients; the loop replaces it by its prepared (wrapped) form."""
 
@@ -81,6 +84,11 @@ class Trainer(ABC):
     def wants_reference(cls, config: Any) -> bool:
         """Whether the method with these settings compares with a reference."""
         return cls.needs_reference
+
+    @classmethod
+    def wants_mismatched(cls, config: Any) -> bool:
+        """Whether rows need an answer of another row behind their own (the reference point of KTO)."""
+        return False
 
     @classmethod
     def lacking_scores(cls, config: Any, held: Collection[str]) -> str:

@@ -11,15 +11,12 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from torch import Tensor
 
 from mmalign.branches import BranchBatch
 from mmalign.config import Section
-from mmalign.objectives import get_objective
-from mmalign.objectives.answers import mismatched_point
-from mmalign.objectives.reduce import accuracy, weighted_mean
 from mmalign.trainers.answers import AnswerScores, answer_scores
 from mmalign.trainers.base import Parts, Trainer
+from mmalign.trainers.likes import likes_output
 from mmalign.types import StepContext, StepOutput
 
 
@@ -70,40 +67,15 @@ class VlmKTO(Trainer):
         )
         return self.output(scores, batch)
 
+    @classmethod
+    def wants_mismatched(cls, config: VlmKTOConfig) -> bool:
+        return config.reference_point == "mismatched"
+
     def output(self, scores: AnswerScores, batch: BranchBatch) -> StepOutput:
         """Loss and metrics of scored answers. A record's loss is the mean over its labelled answers."""
         config = self.config
-        if scores.reference is None:
-            raise ValueError("vlm_kto compares with a reference; these scores have none")
-        gains = scores.policy - scores.reference
-        weight = batch.weight[batch.record]
-        labelled, liked = ~torch.isnan(batch.label), batch.label == 1
-        point = self._point(gains.detach(), weight, labelled)
-        each = get_objective("kto_unpaired")(
-            gains, desirable=liked, beta=config.beta, reference_point=point, desirable_weight=config.desirable_weight,
+        return likes_output(
+            scores, batch, labelled=~torch.isnan(batch.label), liked=batch.label == 1, beta=config.beta,
+            mismatched=config.reference_point == "mismatched", desirable_weight=config.desirable_weight,
             undesirable_weight=config.undesirable_weight,
         )  # fmt: skip
-        counts = torch.zeros_like(batch.weight).index_add(0, batch.record, labelled.float()).clamp_min(1)
-        losses = torch.zeros_like(batch.weight).index_add(0, batch.record, torch.where(labelled, each, 0.0)) / counts
-        metrics = {"weight": batch.weight.sum(), "loss": weighted_mean(losses.detach(), batch.weight), "reference_point": point}
-        metrics |= self._metrics(gains.detach() - point, scores, weight * labelled, liked)
-        return StepOutput(loss=(losses * batch.weight).sum() / len(batch), metrics=metrics)
-
-    def _point(self, gains: Tensor, weight: Tensor, labelled: Tensor) -> Tensor:
-        """The reference point over the micro-batch on all processes. Scalar."""
-        if self.config.reference_point == "zero":
-            return torch.zeros((), device=gains.device)
-        counted = weight * ~labelled
-        both = torch.stack([(gains * counted).sum(), counted.sum()])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(both)
-        return mismatched_point(both[0], both[1])
-
-    def _metrics(self, above: Tensor, scores: AnswerScores, weight: Tensor, liked: Tensor) -> dict[str, Tensor]:
-        """Liked answers above the reference point and disliked ones below it; a micro-batch may hold one kind alone."""
-        signed = torch.where(liked, above, -above)
-        return {
-            "accuracy": weighted_mean(accuracy(signed), weight),
-            "signed_reward": self.config.beta * weighted_mean(signed, weight),
-            "liked": weighted_mean(liked.float(), weight), "answer_length": weighted_mean(scores.length, weight),
-        }  # fmt: skip

@@ -13,13 +13,14 @@ Not for: the measures of a whole set with intervals (``hallucination``, ``clip_q
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
-from mmalign.branches import BranchRecord
+from mmalign.branches import BranchRecord, Judgement
 from mmalign.errors import DataError
 from mmalign.world.clip_questions import check_order
 from mmalign.world.clips import parse_clip_key
 from mmalign.world.hallucination import CaptionCheck, check_caption
-from mmalign.world.report_judge import judge_report
+from mmalign.world.report_judge import ReportVerdict, judge_report
 from mmalign.world.scenes import parse_key
 
 
@@ -68,18 +69,31 @@ class ReportScore:
     """GREEN-style score of a report against its reference, in [0, 1]; None for a report of which nothing is read."""
 
     def score(self, records: Sequence[BranchRecord], answers: Sequence[str]) -> list[float | None]:
+        return [found.score for found in self.judge(records, answers)]
+
+    def judge(self, records: Sequence[BranchRecord], answers: Sequence[str]) -> list[Judgement]:
+        """Scores with GREEN's counts and the errors in words; sentences that no rule reads are named too."""
         return [
-            judge_report(truth(record, "reference"), answer).score
+            self._one(judge_report(truth(record, "reference"), answer))
             for record, answer in zip(records, answers, strict=True)
         ]
 
+    def _one(self, found: ReportVerdict) -> Judgement:
+        parts = {"matched": float(found.matched), **{name: float(count) for name, count in asdict(found.errors).items()}}
+        parts |= {"unread": float(len(found.unread)), "verbosity": found.verbosity}
+        notes = (*found.notes, *(f"not read: {sentence}" for sentence in found.unread))
+        score = self._value(found)
+        return Judgement(score=score, parts=parts, notes=notes, reason=None if score is not None else "unreadable")
 
-class ReportLengthControlled:
+    def _value(self, found: ReportVerdict) -> float | None:
+        return found.score
+
+
+class ReportLengthControlled(ReportScore):
     """The same divided by the verbosity where the report is longer than its reference (LC-GREEN)."""
 
-    def score(self, records: Sequence[BranchRecord], answers: Sequence[str]) -> list[float | None]:
-        pairs = zip(records, answers, strict=True)
-        return [judge_report(truth(record, "reference"), answer).length_controlled_score for record, answer in pairs]
+    def _value(self, found: ReportVerdict) -> float | None:
+        return found.length_controlled_score
 
 
 class ClipOrder:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmalign.statistics import Interval
+from mmalign.statistics import ratio_interval as ratio_interval
 from mmalign.world.captions import Reading, read_caption
 from mmalign.world.scenes import BoardScene
 
@@ -113,18 +113,3 @@ def rates(checks: Sequence[CaptionCheck]) -> HallucinationRates:
 def hallucination_rates(texts: Sequence[str], scenes: Sequence[BoardScene]) -> HallucinationRates:
     """Rates of captions, each against its own scene."""
     return rates([check_caption(text, scene) for text, scene in zip(texts, scenes, strict=True)])
-
-
-def ratio_interval(
-    parts: Sequence[float], wholes: Sequence[float], *, seed: int = 0, resamples: int = 10_000
-) -> Interval:
-    """Sum of `parts` over sum of `wholes` with its percentile bootstrap interval; captions are what is resampled.
-
-    For CHAIR_i, which is a ratio of two sums over captions and not a mean of ratios. A resample without wholes counts as 0.
-    """
-    top, bottom = np.asarray(parts, np.float64), np.asarray(wholes, np.float64)
-    mean = float(top.sum() / max(1.0, bottom.sum()))
-    drawn = np.random.default_rng(seed).integers(len(top), size=(resamples, len(top)))
-    ratios = top[drawn].sum(1) / np.maximum(1.0, bottom[drawn].sum(1))
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return Interval(mean=mean, low=float(low), high=float(high), prompts=len(top))

@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
-from mmalign.world.radiology import Finding
-from mmalign.world.reports import read_report
+from mmalign.world.radiology import HEART, Finding
+from mmalign.world.reports import HEART_WORDS, plain_name, read_report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +46,8 @@ class ReportVerdict:
     words: int
     reference_words: int
     is_readable: bool
+    notes: tuple[str, ...] = ()
+    """Every error in words, for example ``false finding: small left nodule``."""
 
     @property
     def score(self) -> float | None:
@@ -90,31 +92,53 @@ def judge_report(reference: str, candidate: str) -> ReportVerdict:
     severity, rest = _absorb(left, rest, lambda a, b: (a.kind, a.side) == (b.kind, b.side))
     location, rest = _absorb(left, rest, lambda a, b: a.kind == b.kind)
     told, true = Counter(said.changes), Counter(wanted.changes)
+    invented, omitted = list((told - true).elements()), list((true - told).elements())
+    missing = list(left.elements())
+    notes = [f"false finding: {_words(finding)}" for finding in rest]
+    notes += [f"missing finding: {_words(finding)}" for finding in missing]
+    notes += [f"wrong location: {_words(found)} for {_words(meant)}" for found, meant in location]
+    notes += [f"wrong severity: {_words(found)} for {_words(meant)}" for found, meant in severity]
+    notes += [f"invented comparison: {_change(change)}" for change in invented]
+    notes += [f"omitted comparison: {_change(change)}" for change in omitted]
     return ReportVerdict(
         matched=matched,
         errors=ReportErrors(
             false_finding=len(rest),
-            missing_finding=sum(left.values()),
-            wrong_location=location,
-            wrong_severity=severity,
-            invented_comparison=sum((told - true).values()),
-            omitted_comparison=sum((true - told).values()),
+            missing_finding=len(missing),
+            wrong_location=len(location),
+            wrong_severity=len(severity),
+            invented_comparison=len(invented),
+            omitted_comparison=len(omitted),
         ),
         unread=said.unread,
         words=len(candidate.split()),
         reference_words=len(reference.split()),
         is_readable=bool(said.findings or said.denied or said.changes),
+        notes=tuple(notes),
     )
 
 
-def _absorb(left: Counter[Finding], rest: list[Finding], alike: Callable[[Finding, Finding], bool]) -> tuple[int, list[Finding]]:
+def _words(finding: Finding) -> str:
+    if finding.kind == HEART:
+        return f"{HEART_WORDS[finding.extent]} enlarged heart"
+    return f"{finding.extent} {plain_name(finding)}"
+
+
+def _change(change: tuple[str, str, str]) -> str:
+    kind, side, how = change
+    return f"{' '.join(filter(None, (side, kind)))} {how}"
+
+
+def _absorb(
+    left: Counter[Finding], rest: list[Finding], alike: Callable[[Finding, Finding], bool]
+) -> tuple[list[tuple[Finding, Finding]], list[Finding]]:
     """Pair each remaining finding with a remaining reference finding that is alike; returns pairs and those still alone."""
-    pairs, alone = 0, []
+    pairs, alone = [], []
     for finding in rest:
         partner = next((other for other in left if left[other] and alike(finding, other)), None)
         if partner is None:
             alone.append(finding)
         else:
             left[partner] -= 1
-            pairs += 1
+            pairs.append((finding, partner))
     return pairs, alone

@@ -245,3 +245,46 @@ def test_methods_without_a_reference_ask_for_none() -> None:
         assert METHODS.get("vlm_dpo").wants_reference(config) is expected
     mixed = METHODS.get("vlm_dpo").Config(objective="orpo", mix={"dpo": 0.5})
     assert METHODS.get("vlm_dpo").wants_reference(mixed)
+
+
+@pytest.mark.parametrize(
+    ("settings", "other"),
+    [
+        ({"objective": "dpo"}, ("vlm_dpo", {"objective": "dpo"})),
+        ({"objective": "lc_dpo"}, ("vlm_dpo", {"objective": "lc_dpo", "alpha": 0.05})),
+        ({"objective": "lc_dpo", "alpha": 0.2}, ("vlm_dpo", {"objective": "lc_dpo", "alpha": 0.2})),
+        ({"objective": "ipo", "beta": 0.3}, ("vlm_dpo", {"objective": "ipo", "beta": 0.3})),
+        ({"objective": "orpo"}, ("vlm_dpo", {"objective": "orpo"})),
+    ],
+)  # fmt: skip
+def test_the_report_recipe_computes_the_study_s_objectives(
+    family: VlmFamily, settings: dict[str, Any], other: tuple[str, dict[str, Any]]
+) -> None:
+    policy = policy_of(family, moved=True)
+    batch = batch_of(family, pairs(3))
+    ours, wanted = (gradient(trainer(name, family, policy, **given), batch) for name, given in (("cxr_dpo", settings), other))
+    assert ours[0] == pytest.approx(wanted[0], rel=1e-6) and torch.allclose(ours[1], wanted[1], rtol=1e-5, atol=1e-7)
+
+
+def test_the_report_recipe_s_kto_likes_and_dislikes_against_another_study_s_report(family: VlmFamily) -> None:
+    """The chosen answer is liked, the rejected one disliked, the third (of another row) sets the reference point."""
+    policy = policy_of(family, moved=True)
+    made = trainer("cxr_dpo", family, policy, objective="kto", beta=0.5)
+    assert made.wants_mismatched(made.config) and not made.wants_mismatched(made.Config(objective="dpo"))
+    records = [replace(r, answers=(*r.answers, Answer(text=f"a star {n}"))) for n, r in enumerate(pairs(3))]
+    labelled = [
+        replace(r, answers=(replace(r.answers[0], label=1.0), replace(r.answers[1], label=0.0), r.answers[2])) for r in records
+    ]
+    ours = gradient(made, batch_of(family, records))
+    wanted = gradient(trainer("vlm_kto", family, policy, beta=0.5), batch_of(family, labelled))
+    assert ours[0] == pytest.approx(wanted[0], rel=1e-6) and torch.allclose(ours[1], wanted[1], rtol=1e-5, atol=1e-7)
+
+
+def test_the_report_recipe_refuses_settings_without_effect_and_says_what_it_is_not() -> None:
+    method = METHODS.get("cxr_dpo")
+    wrong_ones = {"beta": 0}, {"objective": "dpo", "alpha": 0.1}, {"objective": "lc_dpo", "alpha": -1.0}, {"objective": "simpo"}
+    for wrong in wrong_ones:
+        with pytest.raises(ValueError):
+            method.Config(**wrong)
+    assert "Not a medical device" in method.notice
+    assert not method.wants_reference(method.Config(objective="orpo")) and method.wants_reference(method.Config())
