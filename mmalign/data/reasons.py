@@ -46,6 +46,7 @@ DROP: Final = (
     "below_margin",
     "too_few",
     "identical_responses",
+    "too_similar",
     "not_longer",
     "contained",
     "length_ratio",

@@ -33,14 +33,16 @@ from mmalign.models.vlm.base import VlmFamily
 from mmalign.models.vlm.errors import VlmDataError
 from mmalign.models.vlm.media import open_media
 from mmalign.trainers import METHODS
-from mmalign.trainers.vlm_online_dpo import collate_records
+from mmalign.trainers.choices import collate_records
 
 ENCODE_VERSION = 1
 KINDS = {
     "vlm_pairs": ("pairs",), "vlm_labelled": ("unpaired", "pairs"), "vlm_chosen": ("unpaired", "pairs"), "vlm_lists": ("lists",),
-    "vlm_records": ("pairs", "unpaired", "lists", "questions"),
+    "vlm_records": ("pairs", "unpaired", "lists", "questions"), "vlm_answered": ("pairs", "unpaired"),
 }  # fmt: skip
 """What a method's batches are made of -> kinds of tables that hold it."""
+LIKED = ("vlm_chosen", "vlm_answered")
+"""Batches of methods to which a single answer is a good one."""
 
 
 def prepare_vlm(config: ExperimentConfig, parts: Any, accelerator: Any) -> Inputs:
@@ -75,7 +77,7 @@ def prepare_vlm(config: ExperimentConfig, parts: Any, accelerator: Any) -> Input
         checked = _encodable(config, family, table, checked, shaped, progress=main).demand()
     if frames is not None:
         _fill_frames(frames, config, table, checked, progress=main)
-    raw = METHODS.get(config.method_name).batches == "vlm_records"
+    raw = METHODS.get(config.method_name).batches in ("vlm_records", "vlm_answered")
     if raw and config.method.model_dump().get("offline") and table.kind != "pairs":
         raise ConfigError(f"method.offline: {table.path} holds {table.kind}; offline rows need a table of pairs")
     loader = VlmLoader(
@@ -165,7 +167,7 @@ def _usable_answers(config: ExperimentConfig, table: VlmTable, checked: CheckRes
     stage = config.data.stage
     if stage is not None and stage not in table.stages:
         raise ConfigError(f"data.stage: the table has no stage '{stage}' (stages: {', '.join(table.stages) or 'none'})")
-    if stage is None and not (table.kind == "unpaired" and batches in ("vlm_labelled", "vlm_chosen")):
+    if stage is None and not (table.kind == "unpaired" and batches in ("vlm_labelled", *LIKED)):
         return checked
     problems: dict[int, tuple[str, str, str]] = {}
     for row in checked.rows.tolist():
@@ -175,8 +177,8 @@ def _usable_answers(config: ExperimentConfig, table: VlmTable, checked: CheckRes
             problems[row] = ("stage", "other_stage", f"data.stage is '{stage}'")
         elif table.kind == "unpaired" and batches == "vlm_labelled" and label is None:
             problems[row] = ("label", "no_label", "neither liked nor disliked")
-        elif table.kind == "unpaired" and batches == "vlm_chosen" and label is False:
-            problems[row] = ("label", "disliked", "fine-tuning learns from liked answers alone")
+        elif table.kind == "unpaired" and batches in LIKED and label is False:
+            problems[row] = ("label", "disliked", "this method takes the row's answer for a good one")
     return without_rows(table, checked, problems).demand()
 
 

@@ -19,3 +19,18 @@ ANSWER_SAMPLERS.add(
     "temple", "mmalign.sampling.temple:TempleSampler",
     summary="what a video model tells of a film against what it tells of a perturbed one: pairs", cite="arXiv:2503.16929",
 )  # fmt: skip
+ANSWER_SAMPLERS.add(
+    "bdhs", "mmalign.sampling.bdhs:Bdhs",
+    summary="rejected answers made up with most of the picture hidden, sentence by sentence: pairs", cite="arXiv:2407.02477",
+)  # fmt: skip
+ANSWER_SAMPLERS.add(
+    "no_image", "mmalign.sampling.baselines:NoImage", summary="rejected answers to the question without its pictures: pairs",
+)  # fmt: skip
+ANSWER_SAMPLERS.add(
+    "noisy_image", "mmalign.sampling.baselines:NoisyImage",
+    summary="rejected answers to the picture under diffusion noise: pairs", cite="arXiv:2402.11411",
+)  # fmt: skip
+ANSWER_SAMPLERS.add(
+    "word_swap", "mmalign.sampling.baselines:WordSwap",
+    summary="rejected answers by exchanging words, without model or picture: pairs",
+)  # fmt: skip

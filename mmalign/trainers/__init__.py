@@ -64,6 +64,10 @@ METHODS.add(
     summary="DPO on answers of the current policy, ordered by a judge, alone or mixed with pairs", cite="arXiv:2407.02477",
 )  # fmt: skip
 METHODS.add(
+    "bdhs_dpo", "mmalign.trainers.bdhs_dpo:BdhsDPO",
+    summary="DPO against answers that the model makes up with most of the picture hidden", cite="arXiv:2407.02477 section 3.4",
+)  # fmt: skip
+METHODS.add(
     "vlm_kto", "mmalign.trainers.vlm_kto:VlmKTO",
     summary="answers about pictures or clips, liked or disliked one by one", cite="arXiv:2402.01306",
 )  # fmt: skip

@@ -29,12 +29,17 @@ class AnswerScores:
         Raises:
             ValueError: a record has not exactly two answers.
         """
-        chosen, rejected = batch.pair(self.policy)
-        lengths = batch.pair(self.length)
-        reference = (None, None) if self.reference is None else batch.pair(self.reference)
+        chosen, rejected = batch.pair(torch.arange(len(self.policy), device=self.policy.device))
+        return self.compare(chosen, rejected)
+
+    def compare(self, chosen: Tensor, rejected: Tensor) -> PairScores:
+        """Pairs of answers by their numbers ``[N]`` in the flat order."""
+        asked = self.reference
         return PairScores(
-            policy_chosen=chosen, policy_rejected=rejected, reference_chosen=reference[0], reference_rejected=reference[1],
-            chosen_length=lengths[0], rejected_length=lengths[1],
+            policy_chosen=self.policy[chosen], policy_rejected=self.policy[rejected],
+            reference_chosen=None if asked is None else asked[chosen],
+            reference_rejected=None if asked is None else asked[rejected],
+            chosen_length=self.length[chosen], rejected_length=self.length[rejected],
         )  # fmt: skip
 
 

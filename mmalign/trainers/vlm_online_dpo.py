@@ -9,15 +9,13 @@ the paper is silent, in plain words:
   in the mean, so that a judge that says little teaches little.
 - The policy that answers is that of the step under way; nothing is stored and used later. Every draw is a function of seed, step,
   row and number, so a resumed run answers as the straight one did.
-
-What was answered, how it was judged and what became the pair is written line by line to the run folder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -30,33 +28,10 @@ from mmalign.models.vlm.vllm_engine import VllmGenerator, VllmOptions
 from mmalign.objectives.reduce import weighted_mean
 from mmalign.rewards.answers import load_judge
 from mmalign.rewards.preference import PreferenceJudge
-from mmalign.trainers.answers import answer_metrics, answer_scores
-from mmalign.trainers.base import Parts, Trainer
-from mmalign.trainers.vlm_dpo import VlmDPO, VlmDPOConfig
-from mmalign.types import StepContext, StepOutput
-
-NOTHING = "."
-"""What stands for an answer in a row that adds nothing; no gradient comes from it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecordBatch:
-    """Records as they are in the table: what becomes of them depends on the policy."""
-
-    ids: tuple[str, ...]
-    records: tuple[BranchRecord, ...]
-    weight: Tensor  # [N] float32
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-def collate_records(records: Sequence[BranchRecord]) -> RecordBatch:
-    """A batch of records."""
-    return RecordBatch(
-        ids=tuple(record.id for record in records), records=tuple(records),
-        weight=torch.tensor([record.weight for record in records]),
-    )  # fmt: skip
+from mmalign.trainers.base import Parts
+from mmalign.trainers.choices import NOTHING, Choice, ChosenPairs
+from mmalign.trainers.vlm_dpo import VlmDPOConfig
+from mmalign.types import StepContext
 
 
 class VlmOnlineDPOConfig(VlmDPOConfig):
@@ -100,72 +75,16 @@ class VlmOnlineDPOConfig(VlmDPOConfig):
             raise ValueError("ld_dpo, modpo and soft_labels read what generated answers do not have; use another objective")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """What became of one row."""
-
-    record: BranchRecord
-    """With the pair that is trained on, chosen first."""
-    source: str
-    """``online``, ``offline`` or ``tied``."""
-    answers: tuple[str, ...] = ()
-    scores: tuple[float | None, ...] = ()
-
-    @property
-    def counts(self) -> bool:
-        return self.source != "tied"
-
-    def line(self, step: int, judge: str) -> dict[str, Any]:
-        """What the run folder keeps of it."""
-        pair = [answer.text for answer in self.record.answers] if self.counts else []
-        return {
-            "step": step + 1, "id": self.record.id, "source": self.source, "judge": judge if self.answers else None,
-            "answers": list(self.answers), "scores": list(self.scores), "pair": pair,
-        }  # fmt: skip
-
-
-class VlmOnlineDPO(Trainer):
+class VlmOnlineDPO(ChosenPairs):
     """See the module's head."""
 
     Config: ClassVar[type[Section]] = VlmOnlineDPOConfig
-    batches: ClassVar[str] = "vlm_records"
+    SOURCES: ClassVar[tuple[str, ...]] = ("online", "offline", "tied")
 
     def __init__(self, config: VlmOnlineDPOConfig, parts: Parts) -> None:
-        self.config = config
-        self.family = parts.family
-        self.policy = parts.policy
-        self.reference = parts.reference
-        self.features = parts.features
-        self.buffer = parts.buffer
+        super().__init__(config, parts)
         self.judge = load_judge(config.judge, config.judge_options)
         self.engine = VllmGenerator(parts.family, config.vllm) if config.generator == "vllm" else None
-        self.pairs = VlmDPO(config, parts)
-
-    @classmethod
-    def build(cls, config: VlmOnlineDPOConfig, parts: Parts) -> Self:
-        return cls(config, parts)
-
-    @classmethod
-    def wants_reference(cls, config: Any) -> bool:
-        return VlmDPO.wants_reference(config)
-
-    def training_step(self, batch: RecordBatch, ctx: StepContext) -> StepOutput:
-        choices = self.choose(batch.records, ctx)
-        if self.buffer is not None:
-            self.buffer.add(ctx.step, [choice.line(ctx.step, self.config.judge) for choice in choices])
-        weight = batch.weight.to(ctx.device)
-        counts = torch.tensor([float(choice.counts) for choice in choices], device=ctx.device)
-        pairs = self.family.collate([self.family.encode(choice.record) for choice in choices]).to(ctx.device)
-        scores = answer_scores(
-            self.family, self.policy, self.reference, pairs, prefix=self.config.prefix, features=self.features
-        ).pair(pairs)
-        losses = self.pairs.losses(scores, pairs) * counts
-        metrics = {"weight": weight.sum(), "loss": weighted_mean(losses.detach(), weight)}
-        metrics |= answer_metrics(scores, weight * counts, beta=self.config.beta)
-        metrics |= self._shares(choices, weight)
-        if isinstance(self.judge, PreferenceJudge):
-            metrics |= {name: torch.tensor(value, device=weight.device) for name, value in self.judge.figures().items()}
-        return StepOutput(loss=(losses * weight).sum() / len(batch), metrics=metrics)
 
     def choose(self, records: Sequence[BranchRecord], ctx: StepContext) -> list[Choice]:
         """The pair of every row: the table's own, or the judge's best and worst of fresh answers."""
@@ -173,7 +92,7 @@ class VlmOnlineDPO(Trainer):
         online = [number for number, value in enumerate(drawn) if value >= self.config.offline]
         found = dict(zip(online, self._answer([records[number] for number in online], ctx), strict=True))
         return [
-            found[number] if number in found else Choice(record=record, source="offline")
+            found[number] if number in found else Choice(record=record, source="offline", said=self._said(None, (), ()))
             for number, record in enumerate(records)
         ]
 
@@ -202,26 +121,29 @@ class VlmOnlineDPO(Trainer):
     def _pair(self, record: BranchRecord, texts: Sequence[str], scores: Sequence[float | None]) -> Choice:
         """Best against worst of what could be judged and says something; the first of equals."""
         known = [(score, text) for score, text in zip(scores, texts, strict=True) if score is not None and text.strip()]
-        best, worst = (max(known, key=_first), min(known, key=_first)) if known else ((0.0, NOTHING), (0.0, NOTHING))
-        source = "online" if best[0] - worst[0] > self.config.min_gap else "tied"
-        pair = (Answer(text=best[1]), Answer(text=worst[1])) if source == "online" else (Answer(text=NOTHING),) * 2
+        nothing = (0.0, NOTHING.text)
+        best, worst = (max(known, key=_first), min(known, key=_first)) if known else (nothing, nothing)
+        told = best[0] - worst[0] > self.config.min_gap
+        pair = (Answer(text=best[1]), Answer(text=worst[1])) if told else (NOTHING, NOTHING)
         return Choice(
-            record=replace(record, answers=pair, p_chosen=1.0), source=source, answers=tuple(texts), scores=tuple(scores)
-        )
+            record=replace(record, answers=pair, p_chosen=1.0), source="online" if told else "tied", counts=told,
+            said=self._said(self.config.judge, texts, scores),
+        )  # fmt: skip
 
-    def _shares(self, choices: Sequence[Choice], weight: Tensor) -> dict[str, Tensor]:
-        """Shares of rows by where their pair came from, and the judge's mean over answers; 0 for rows without answers."""
+    @staticmethod
+    def _said(judge: str | None, texts: Sequence[str], scores: Sequence[float | None]) -> dict[str, Any]:
+        return {"judge": judge, "answers": list(texts), "scores": list(scores)}
+
+    def measures(self, choices: Sequence[Choice], weight: Tensor) -> dict[str, Tensor]:
+        """The judge's mean over answers, 0 for rows without answers; of a model as judge, how it is doing."""
         means = []
         for choice in choices:
-            known = [score for score in choice.scores if score is not None]
+            known = [score for score in choice.said["scores"] if score is not None]
             means.append(sum(known) / len(known) if known else 0.0)
-        shares = {
-            f"share_{source}": weighted_mean(
-                torch.tensor([float(choice.source == source) for choice in choices], device=weight.device), weight
-            )
-            for source in ("online", "offline", "tied")
-        }
-        return {**shares, "judge_score": weighted_mean(torch.tensor(means, device=weight.device), weight)}
+        found = {"judge_score": weighted_mean(torch.tensor(means, device=weight.device), weight)}
+        if isinstance(self.judge, PreferenceJudge):
+            found |= {name: torch.tensor(value, device=weight.device) for name, value in self.judge.figures().items()}
+        return found
 
 
 def _first(item: tuple[float, str]) -> float:

@@ -182,7 +182,8 @@ class VlmFamily:
 
     @property
     def video_token_id(self) -> int | None:
-        found = self.model_config.to_dict().get("video_token_id")
+        values = self.model_config.to_dict()  # some configs store the number under the older name alone
+        found = values.get("video_token_id", values.get("video_token_index"))
         return None if found is None else int(found)
 
     def units(self, inputs: Mapping[str, Any]) -> list[Unit]:

@@ -223,6 +223,33 @@ def _answer(
     return Tokens(ids=torch.tensor(ids, dtype=torch.int64), weights=weights, flags=tuple(flags))
 
 
+def spread(family: VlmFamily, record: BranchRecord, text: str) -> tuple[Tensor, list[tuple[int, int]]]:
+    """An answer's tokens as `encode` makes them, without what the template writes behind it, and where each lies in it.
+
+    Returns:
+        ids ``[L]``, and for each the characters [first, end) of the stripped text; white space that the template puts in
+        front has negative places.
+
+    Raises:
+        VlmDataError: as `encode`.
+    """
+    text = text.strip()
+    if not text:
+        raise VlmDataError(record.id, "empty_answer", "an answer without text")
+    messages = conversation(record, record.media)
+    prompt = render(family, record.id, messages, generation=True)
+    tail = _continuation(family, record.id, messages, prompt, text)
+    body = tail.find(text)
+    if body < 0:
+        raise VlmDataError(record.id, "template", "the chat template changes the answer's text")
+    ids, offsets, _ = _tokenize(family, prompt, tail, spans=True)
+    places = [(first - body, last - body) for first, last in offsets]
+    count = next((number for number, (first, last) in enumerate(places) if first >= len(text) and last > first), len(places))
+    if family.placeholder_ids & set(ids[:count]):
+        raise VlmDataError(record.id, "placeholder_in_answer", "an answer holds the token that stands for a picture or clip")
+    return torch.tensor(ids[:count], dtype=torch.int64), places[:count]
+
+
 def _tokenize(
     family: VlmFamily, prompt: str, tail: str, *, spans: bool
 ) -> tuple[list[int], list[tuple[int, int]], list[str]]:

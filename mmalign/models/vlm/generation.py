@@ -6,7 +6,7 @@ distribution: neither the batch it falls into nor the other samples change it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -58,45 +58,97 @@ def generate(
                 draws = torch.stack([torch.rand(max_new_tokens, generator=s, dtype=torch.float64) for s in streams])
                 hidden = None if hide is None else [hide[n] for n in group]
                 with family.autocast():
-                    texts = _group(
-                        family, network, [examples[n].rows[0] for n in group], draws, len(numbers), temperature, top_p,
-                        hidden, family.collate([examples[n] for n in group]),
-                    )  # fmt: skip
-                for place, text in enumerate(texts):
+                    prompts = left_padded(family, [examples[n].rows[0] for n in group], hidden)
+                    logits, cache = read(family, network, prompts, family.collate([examples[n] for n in group]))
+                    rows = torch.arange(len(group)).repeat_interleave(len(numbers))
+                    made = decode(
+                        family, network, branch(prompts, logits[:, -1], cache, rows), draws, temperature=temperature, top_p=top_p
+                    )
+                for place, ids in enumerate(made):
+                    text = text_of(family, ids)
                     out[group[place // len(numbers)]][numbers[place % len(numbers)]] = text
     finally:
         network.train(was_training)
     return out
 
 
-def left_padded(family: VlmFamily, rows: Sequence[EncodedRow], hide: Sequence[Tensor] | None) -> Prefill:
-    """Prompts with padding on the left; positions are those of the prompts themselves."""
-    width = max(len(row.prefix) for row in rows)
+def branch(prompts: Prefill, logits: Tensor, cache: Any, rows: Tensor) -> Read:
+    """Several answers to prompts that were read once.
+
+    Args:
+        logits: [B, V].
+        cache: changed in place.
+        rows: [n] which prompt each answer is to.
+    """
+    rows = rows.to(logits.device)
+    if rows.tolist() != list(range(len(logits))):
+        cache.batch_select_indices(rows)
+        logits = logits[rows]
+    mask, position = prompts.attention_mask.to(rows.device), prompts.next_position.to(rows.device)
+    return Read(
+        logits=logits, cache=cache, mask=mask[rows], position=position[rows], three_axes=prompts.position_ids.ndim == 3
+    )
+
+
+def left_padded(
+    family: VlmFamily, rows: Sequence[EncodedRow], hide: Sequence[Tensor] | None, given: Sequence[Tensor] | None = None
+) -> Prefill:
+    """Prompts with padding on the left; positions are those of the prompts themselves.
+
+    Args:
+        hide: per prompt, [P] bool: positions that no token may look at.
+        given: per prompt, [L] tokens of an answer that stand behind it.
+    """
+    answers = [torch.zeros(0, dtype=torch.int64)] * len(rows) if given is None else given
+    width = max(len(row.prefix) + len(answer) for row, answer in zip(rows, answers, strict=True))
     axes = rows[0].positions.shape[:-1]
     shape = (len(rows), width)
     input_ids = torch.full(shape, family.tokenizer.pad_token_id or 0)
     mask, types = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     positions = torch.zeros((*axes, *shape), dtype=torch.int64)
     following = torch.zeros(len(rows), dtype=torch.int64)
-    for number, row in enumerate(rows):
+    for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
         length = len(row.prefix)
-        begin = width - length
-        input_ids[number, begin:] = row.prefix
-        mask[number, begin:] = 1 if hide is None else (~hide[number].cpu()).long()
-        positions[..., number, begin:] = row.positions[..., :length]
-        types[number, begin:] = family.token_types(row.prefix)
-        following[number] = family.next_position(row.positions[..., :length])
+        begin = width - length - len(answer)
+        middle = begin + length
+        input_ids[number, begin:] = torch.cat([row.prefix, answer])
+        mask[number, begin:] = 1
+        if hide is not None:
+            mask[number, begin:middle] = (~hide[number].cpu()).long()
+        positions[..., number, begin:middle] = row.positions[..., :length]
+        types[number, begin:middle] = family.token_types(row.prefix)
+        after = family.next_position(row.positions[..., :length])
+        positions[..., number, middle:] = after + torch.arange(len(answer))
+        following[number] = after + len(answer)
     return Prefill(input_ids=input_ids, attention_mask=mask, position_ids=positions, types=types, next_position=following)
 
 
-def _group(
-    family: VlmFamily, network: Any, rows: Sequence[EncodedRow], draws: Tensor, samples: int, temperature: float,
-    top_p: float, hide: Sequence[Tensor] | None, batch: Any,
-) -> list[str]:  # fmt: skip
-    """All samples of a few prompts: one pass over the prompts, then one token at a time for all."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Read:
+    """What a model has read and how it would go on, one row per answer to be."""
+
+    logits: Tensor  # [n, V]: of the next token
+    cache: Any
+    mask: Tensor  # [n, K]: which keys in the cache may be looked at
+    position: Tensor  # [n]: of the next token
+    three_axes: bool
+    """Whether positions have three axes, which text walks together."""
+
+
+def read(
+    family: VlmFamily, network: Any, prompts: Prefill, batch: Any, columns: Tensor | None = None
+) -> tuple[Tensor, Any]:
+    """One pass over prompts with their media.
+
+    Args:
+        batch: the collated examples of the prompts, for their media.
+        columns: [C] places of the prompts whose next token is wanted; None: the last.
+
+    Returns:
+        logits ``[B, C, V]`` and the cache of keys and values.
+    """
     from transformers import DynamicCache
 
-    prompts = left_padded(family, rows, hide)
     device = next(network.parameters()).device
     media = batch.media.to(device)
     cache = DynamicCache(config=family.text_config)
@@ -106,34 +158,49 @@ def _group(
         images = tuple(unit for row in media.image_rows for unit in row)
         videos = tuple(unit for row in media.video_rows for unit in row)
         inputs |= media_inputs(network, encoder_outputs(family, features, images, videos))
-    mask = prompts.attention_mask.to(device)
-    logits = network(
-        input_ids=prompts.input_ids.to(device), attention_mask=mask, past_key_values=cache, use_cache=True,
-        logits_to_keep=1, **inputs,
-    ).logits[:, -1]  # fmt: skip
-    if samples > 1:
-        cache.batch_repeat_interleave(samples)
-        logits, mask = logits.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
-    position = prompts.next_position.to(device).repeat_interleave(samples)
-    three_axes = prompts.position_ids.ndim == 3
+    out = network(
+        input_ids=prompts.input_ids.to(device), attention_mask=prompts.attention_mask.to(device), past_key_values=cache,
+        use_cache=True, logits_to_keep=1 if columns is None else columns.to(device), **inputs,
+    )  # fmt: skip
+    return out.logits, cache
+
+
+def decode(
+    family: VlmFamily, network: Any, state: Read, draws: Tensor, *, temperature: float, top_p: float,
+    stop: Callable[[Sequence[int]], bool] | None = None,
+) -> list[list[int]]:  # fmt: skip
+    """Tokens that follow, one at a time for all rows, up to (and without) what ends an answer.
+
+    Args:
+        state: its cache is used up.
+        draws: [n, T] uniform numbers: T tokens at most.
+        stop: whether these tokens are enough of a row; the last of them is kept.
+    """
+    device = state.logits.device
+    logits, mask, position, draws = state.logits, state.mask, state.position, draws.to(device)
     ends = torch.tensor(sorted(family.end_ids), device=device)
     done = torch.zeros(len(logits), dtype=torch.bool, device=device)
-    made: list[Tensor] = []
-    draws = draws.to(device)
+    made: list[list[int]] = [[] for _ in range(len(logits))]
     for number in range(draws.shape[1]):
         token = pick(logits, draws[:, number], temperature=temperature, top_p=top_p, never=family.placeholder_ids)
-        made.append(torch.where(done, ends[0], token))
+        token = torch.where(done, ends[0], token)
         done = done | torch.isin(token, ends)
+        enough = []
+        for row, (value, over) in enumerate(zip(token.tolist(), done.tolist(), strict=True)):
+            if not over:
+                made[row].append(value)
+            enough.append(not over and stop is not None and stop(made[row]))
+        done = done | torch.tensor(enough, device=device)
         if number + 1 == draws.shape[1] or bool(done.all()):
             break
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        where = position[:, None].expand(3, -1, -1) if three_axes else position[:, None]
+        where = position[:, None].expand(3, -1, -1) if state.three_axes else position[:, None]
         logits = network(
-            input_ids=made[-1][:, None], attention_mask=mask, position_ids=where, past_key_values=cache, use_cache=True,
+            input_ids=token[:, None], attention_mask=mask, position_ids=where, past_key_values=state.cache, use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]  # fmt: skip
         position = position + 1
-    return [text_of(family, ids) for ids in torch.stack(made, 1).tolist()]
+    return made
 
 
 def pick(logits: Tensor, draw: Tensor, *, temperature: float, top_p: float, never: frozenset[int]) -> Tensor:
@@ -151,7 +218,12 @@ def pick(logits: Tensor, draw: Tensor, *, temperature: float, top_p: float, neve
     return order.gather(-1, place[:, None])[:, 0]
 
 
-def text_of(family: VlmFamily, ids: list[int]) -> str:
+def text_of(family: VlmFamily, ids: Sequence[int]) -> str:
     """An answer's text up to its first end token."""
     end = next((place for place, number in enumerate(ids) if number in family.end_ids), len(ids))
-    return str(family.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
+    return text_so_far(family, ids[:end]).strip()
+
+
+def text_so_far(family: VlmFamily, ids: Sequence[int]) -> str:
+    """What tokens say, blanks around it included; marks of the template are left out."""
+    return str(family.tokenizer.decode(list(ids), skip_special_tokens=True))
