@@ -69,6 +69,8 @@ class Answer:
     """(first character, end, token weight); characters outside every span weigh 1."""
     media: tuple[MediaRef, ...] | None = None
     """Pictures and clips that replace the record's for this answer: such records share no prefix."""
+    messages: tuple[Message, ...] | None = None
+    """The prompt that this answer belongs to, where it is not the record's; about the same media."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +90,8 @@ class BranchRecord:
     """Number of the curriculum stage."""
     group: str | None = None
     """Group of prompts, for evaluation by group."""
+    joint: bool = False
+    """Whether an answer's branch holds the words of its prompt behind the media as well, to be scored with it."""
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -149,7 +153,7 @@ class EncodedExample:
     stage: int = 0
     group: str | None = None
     flags: tuple[str, ...] = ()
-    """What was special: 'own_media' (unshared), 'border' (tokens would merge across the border), 'truncated'."""
+    """What was special: 'own_media' or 'own_prompt' (unshared), 'border' (tokens would merge across the border), 'truncated'."""
 
     @property
     def num_tokens(self) -> int:

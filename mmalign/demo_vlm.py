@@ -22,6 +22,7 @@ from mmalign.demo import SHARED
 from mmalign.report.files import merge_json
 from mmalign.statistics import Interval, mean_interval, paired_difference, ratio_interval
 from mmalign.world.board_tables import prompt, reply, write_boards, write_descriptions, write_questions, write_rows
+from mmalign.world.captions import describe
 from mmalign.world.hallucination import CaptionCheck, check_caption, rates
 from mmalign.world.questions import normalise
 from mmalign.world.scenes import parse_key
@@ -123,6 +124,7 @@ def sample_pairs(
         path = record.media[0].path  # type: ignore[union-attr]
         rows.append(
             {"id": record.id, "prompt": prompt(question), "chosen": reply(texts[best]), "rejected": reply(texts[worst]),
+             "reference": describe(scene.items, scene.background, "there"),
              "images": [f"pictures/{Path(str(path)).name}"], "scores": {"f1": [scores[best], scores[worst]]},
              "meta": {"scene": scene.key, "samples": samples, "seed": seed}}
         )  # fmt: skip

@@ -60,6 +60,7 @@ DROP: Final = (
     "no_score",
     "length_balance",
     "no_report",
+    "no_reference",
 )
 """Sound rows that a policy leaves out: listed and counted, but not held against the table."""
 

@@ -1,7 +1,8 @@
 """The canonical vision-language table: preferences between answers to prompts with pictures and clips.
 
 Columns are those of TRL's conversational form, ``prompt, chosen, rejected, images | videos`` and, of our own, ``p_chosen,
-margin, weight, stage, group, scores, rejected_images, meta``; unpaired ``prompt, completion, label``; lists ``prompt, answers,
+margin, weight, stage, group, scores, rejected_images, rejected_prompt, reference,
+meta``; unpaired ``prompt, completion, label``; lists ``prompt, answers,
 scores``; questions ``prompt`` alone. A folder of Parquet or Arrow parts (also as `datasets` saves them), one such file, or JSONL.
 """
 
@@ -22,7 +23,7 @@ from mmalign.data.files import file_hash
 from mmalign.data.schema import check_columns, check_version
 from mmalign.data.storage import MAX_JSONL_BYTES, LoadedPart, Storage, open_storage, part_files, read_jsonl
 from mmalign.data.tables import Table, is_list, refuse_repeated_ids
-from mmalign.data.vlm_rows import RowProblem, list_record, pair_record
+from mmalign.data.vlm_rows import RowProblem, list_record, pair_record, reference_of
 from mmalign.errors import DataError
 
 Kind = Literal["pairs", "unpaired", "lists", "questions"]
@@ -33,11 +34,11 @@ REQUIRED: Final[Mapping[str, tuple[str, ...]]] = {
     "questions": ("prompt",),
 }
 OPTIONAL: Final = (
-    "id", "prompt", "images", "image", "videos", "video", "rejected_images", "p_chosen", "margin", "weight", "stage", "user",
-    "group", "label", "scores", "reference", "meta",
+    "id", "prompt", "rejected_prompt", "images", "image", "videos", "video", "rejected_images", "p_chosen", "margin", "weight",
+    "stage", "user", "group", "label", "scores", "reference", "meta",
 )  # fmt: skip
 MEDIA: Final = frozenset({"images", "image", "videos", "video"})
-MESSAGES: Final = ("prompt", "chosen", "rejected", "completion", "answers")
+MESSAGES: Final = ("prompt", "rejected_prompt", "chosen", "rejected", "completion", "answers")
 
 
 class VlmTable(Table):
@@ -91,7 +92,8 @@ class VlmTable(Table):
         else:
             column = {"unpaired": "completion", "lists": "answers"}.get(self.kind)
             record = list_record(self.row_id(row), values, media, stage=stage, column=column)
-        return replace(record, meta=self._meta(values))
+        meta, reference = self._meta(values), reference_of(values)
+        return replace(record, meta=meta if reference is None else {**meta, "reference": reference})
 
     def values(self, row: int, *, without: Sequence[str] = ()) -> dict[str, Any]:
         """The columns of one row as Python values."""

@@ -201,10 +201,11 @@ def _media_of(record: BranchRecord) -> Iterator[MediaRef]:
 def _verdict(record: BranchRecord, hashes: list[str]) -> tuple[str, int]:
     """What the row says and which way; the key is '' where both answers of a pair are the same."""
     texts = [" ".join(answer.text.split()) for answer in record.answers]
-    own_media = any(answer.media for answer in record.answers)
-    if len(texts) == 2 and texts[0] == texts[1] and not own_media:
+    own = any(answer.media or answer.messages for answer in record.answers)
+    if len(texts) == 2 and texts[0] == texts[1] and not own:
         return "", 0
-    prompt = [[message.role, [[part.text, part.media] for part in message.parts]] for message in record.messages]
+    prompts = [record.messages, *(answer.messages for answer in record.answers if answer.messages is not None)]
+    prompt = [[message.role, [[part.text, part.media] for part in message.parts]] for turns in prompts for message in turns]
     way = 0 if len(texts) != 2 or record.p_chosen == 0.5 else 1 if texts[0] < texts[1] else -1
     label = [answer.label for answer in record.answers] if len(texts) == 1 else None
     content = json.dumps([prompt, hashes, sorted(texts), label], ensure_ascii=False)

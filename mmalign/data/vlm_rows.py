@@ -169,6 +169,16 @@ def ordered(kinds: Sequence[str], images: Sequence[MediaRef], videos: Sequence[M
     return tuple(next(streams[kind]) for kind in kinds)
 
 
+def reference_of(values: Mapping[str, Any]) -> str | None:
+    """The reference answer of a row: text, or one turn of the assistant; None where the column says nothing.
+
+    Raises:
+        RowProblem: something else, or nothing said.
+    """
+    value = values.get("reference")
+    return None if value is None else answer_text(turns_of(value, "reference", role="assistant"), "reference")
+
+
 def number_of(values: Mapping[str, Any], column: str, default: float) -> float:
     """A finite number of a row.
 
@@ -241,12 +251,21 @@ def pair_record(
     other = media("rejected_images") if values.get("rejected_images") else None
     if other is not None and len(other) != len(images):
         raise RowProblem("rejected_images", "placeholder_count_mismatch", f"{len(other)} pictures in place of {len(images)}")
+    own = None
+    if values.get("rejected_prompt") is not None:
+        own, own_kinds = messages_of(
+            turns_of(values["rejected_prompt"], "rejected_prompt", role="user"), {"image": len(images), "video": len(videos)}
+        )
+        if own_kinds != kinds:
+            raise RowProblem("rejected_prompt", "placeholder_count_mismatch", "it names the media in another order than prompt")
     scores = scores_of(values, 2)
     return BranchRecord(
         id=row_id, messages=messages, media=ordered(kinds, images, videos),
         answers=(
             Answer(text=texts[0], scores=scores[0]),
-            Answer(text=texts[1], scores=scores[1], media=None if other is None else ordered(kinds, other, videos)),
+            Answer(
+                text=texts[1], scores=scores[1], media=None if other is None else ordered(kinds, other, videos), messages=own
+            ),
         ),
         p_chosen=probability_of(values), weight=_weight(values), margin=number_of(values, "margin", 0.0), stage=stage,
         group=_text(values.get("group")),

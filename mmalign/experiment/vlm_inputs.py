@@ -38,6 +38,7 @@ from mmalign.trainers.choices import collate_records
 ENCODE_VERSION = 1
 KINDS = {
     "vlm_pairs": ("pairs",), "vlm_labelled": ("unpaired", "pairs"), "vlm_chosen": ("unpaired", "pairs"), "vlm_lists": ("lists",),
+    "vlm_triples": ("pairs",), "vlm_joint": ("pairs",),
     "vlm_records": ("pairs", "unpaired", "lists", "questions"), "vlm_answered": ("pairs", "unpaired"),
 }  # fmt: skip
 """What a method's batches are made of -> kinds of tables that hold it."""
@@ -114,7 +115,7 @@ def wants_mismatched(config: ExperimentConfig) -> bool:
 
 
 def shaper(config: ExperimentConfig) -> Callable[[BranchRecord], BranchRecord]:
-    """What a method keeps of a record: the chosen answer alone, answers with labels, or everything."""
+    """What a method makes of a record: the chosen answer alone, answers with labels, with the gold answer, or everything."""
     batches = METHODS.get(config.method_name).batches
 
     def chosen(record: BranchRecord) -> BranchRecord:
@@ -126,7 +127,17 @@ def shaper(config: ExperimentConfig) -> Callable[[BranchRecord], BranchRecord]:
         answers = [replace(answer, label=float(number == 0)) for number, answer in enumerate(record.answers)]
         return replace(record, answers=tuple(answers))
 
-    return {"vlm_chosen": chosen, "vlm_labelled": labelled}.get(batches, lambda record: record)
+    def with_gold(record: BranchRecord) -> BranchRecord:
+        gold = record.meta.get("reference")
+        if not isinstance(gold, str) or not gold.strip():
+            raise RowRefused("no_reference", "the method needs a reference answer in the column 'reference'")
+        return replace(record, answers=(*record.answers, Answer(text=gold)))
+
+    def joint(record: BranchRecord) -> BranchRecord:
+        return replace(record, joint=True)
+
+    known = {"vlm_chosen": chosen, "vlm_labelled": labelled, "vlm_triples": with_gold, "vlm_joint": joint}
+    return known.get(batches, lambda record: record)
 
 
 def asked(family: VlmFamily, record: BranchRecord) -> EncodedExample:

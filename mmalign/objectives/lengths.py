@@ -85,16 +85,22 @@ def nll(scores: PairScores) -> Tensor:
     return -per_token(scores).policy_chosen.float()
 
 
-def triple_po(scores: PairScores, *, beta: float, anchor: Tensor, alpha: float = 1.0) -> Tensor:
+def triple_po(
+    scores: PairScores, *, beta: float, anchor: Tensor, alpha: float = 1.0, length_average: bool = False, gamma: float = 0.0
+) -> Tensor:
     """Triple preference optimisation: a preference without reference, and likelihood of a gold answer. Returns ``[B]``.
 
     ``-log sigmoid(beta (log p(chosen) - log p(rejected))) + alpha NLL(gold)``. Source: arXiv:2405.16681.
 
     Args:
         anchor: negative log-likelihood of the gold answer per token ``[B]``.
+        length_average: the preference on means over tokens (TPO-L in the authors' code).
+        gamma: target margin, subtracted inside the sigmoid and not divided by beta (TPO-L).
     """
+    if length_average:
+        scores = per_token(scores)
     difference = scores.policy_chosen.float() - scores.policy_rejected.float()
-    return -F.logsigmoid(beta * difference) + alpha * anchor.float()
+    return -F.logsigmoid(beta * difference - gamma) + alpha * anchor.float()
 
 
 def desensitised_weights(place: Tensor, shorter: Tensor, *, alpha: float) -> Tensor:

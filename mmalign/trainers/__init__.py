@@ -72,6 +72,18 @@ METHODS.add(
     summary="answers about pictures or clips, liked or disliked one by one", cite="arXiv:2402.01306",
 )  # fmt: skip
 METHODS.add(
+    "vlm_list", "mmalign.trainers.vlm_list:VlmList",
+    summary="ranked lists of answers: Tree-PO, RankDPO, Plackett-Luce", cite="arXiv:2410.12854",
+)  # fmt: skip
+METHODS.add(
+    "vlm_tpo", "mmalign.trainers.vlm_tpo:VlmTPO",
+    summary="a preference without reference and the likelihood of a gold answer (Triple-PO)", cite="arXiv:2405.16681",
+)  # fmt: skip
+METHODS.add(
+    "vlm_dove", "mmalign.trainers.vlm_dove:VlmDove",
+    summary="preferences between whole conversations, instructions included", cite="arXiv:2404.00530",
+)  # fmt: skip
+METHODS.add(
     "vlm_sft", "mmalign.trainers.vlm_sft:VlmSFT",
     summary="plain fine-tuning on answers (of pairs: the chosen ones)", cite="arXiv:2304.08485",
 )  # fmt: skip

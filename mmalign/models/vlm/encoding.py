@@ -8,7 +8,7 @@ end-of-sequence token is appended: an answer that never ends would otherwise be 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,18 +40,23 @@ def encode(family: VlmFamily, record: BranchRecord, *, training: bool) -> Encode
     """See ``VlmFamily.encode``."""
     answers = record.answers if training else ()
     own = any(answer.media is not None for answer in answers)
+    apart = own or record.joint or any(answer.messages is not None for answer in answers)
     if training and not answers:
         raise VlmDataError(record.id, "empty_answer", "the record has no answer")
-    groups: list[tuple[Sequence[MediaRef], tuple[int, ...]]]
-    if own:
-        groups = [(answer.media or record.media, (number,)) for number, answer in enumerate(answers)]
+    flags = ["own_media"] if own else []
+    if not apart:
+        row, more = _row(family, record, record.media, tuple(range(len(answers))))
+        rows, flags = [row], [*flags, *more]
     else:
-        groups = [(record.media, tuple(range(len(answers))))]
-    rows, flags = [], ["own_media"] if own else []
-    for media, numbers in groups:
-        row, more = _row(family, record, media, numbers)
-        rows.append(row)
-        flags += more
+        rows = []
+        for number, answer in enumerate(answers):
+            asked = record if answer.messages is None else replace(record, messages=answer.messages)
+            row, more = _row(family, asked, answer.media or record.media, (number,))
+            rows.append(from_media(family, row) if record.joint else row)
+            flags += more
+        rows = together(rows)
+        if len(rows) > 1 and not own:
+            flags.append("own_prompt")
     pair = len(answers) == 2 and all(answer.label is None for answer in answers)
     labels = (1.0, 0.0) if pair else tuple(float("nan") if a.label is None else float(a.label) for a in answers)
     names = sorted({name for answer in answers for name in answer.scores})
@@ -60,6 +65,41 @@ def encode(family: VlmFamily, record: BranchRecord, *, training: bool) -> Encode
         labels=labels, scores={n: tuple(float(a.scores.get(n, float("nan"))) for a in answers) for n in names},
         stage=record.stage, group=record.group, flags=tuple(dict.fromkeys(flags)),
     )  # fmt: skip
+
+
+def from_media(family: VlmFamily, row: EncodedRow) -> EncodedRow:
+    """The same tokens with the border moved: the prefix ends behind its last medium, the branch has the rest of the prompt.
+
+    Without media the prefix is the first token, which nothing predicts.
+    """
+    seen = (family.token_types(row.prefix) > 0).nonzero()
+    cut = int(seen[-1]) + 1 if len(seen) else 1
+    moved = row.prefix[cut:]
+    weights = tuple(None if weight is None else torch.cat([torch.ones(len(moved)), weight]) for weight in row.weights)
+    branches = tuple(torch.cat([moved, branch]) for branch in row.branches)
+    return replace(row, prefix=row.prefix[:cut], branches=branches, weights=weights)
+
+
+def together(rows: Sequence[EncodedRow]) -> list[EncodedRow]:
+    """Rows of one branch each as one row where their prefixes are the same, media included; else as they are."""
+    first, cut = rows[0], len(rows[0].prefix)
+    for row in rows[1:]:
+        same_media = [unit.digest for unit in row.units] == [unit.digest for unit in first.units]
+        if not same_media or not torch.equal(row.prefix, first.prefix) or not torch.equal(
+            row.positions[..., :cut], first.positions[..., :cut]
+        ):  # fmt: skip
+            return list(rows)
+    types = None if first.token_types is None else torch.cat(
+        [first.token_types, *[row.token_types[cut:] for row in rows[1:] if row.token_types is not None]]
+    )  # fmt: skip
+    return [
+        replace(
+            first, branches=tuple(branch for row in rows for branch in row.branches),
+            weights=tuple(weight for row in rows for weight in row.weights),
+            answers=tuple(number for row in rows for number in row.answers), token_types=types,
+            positions=torch.cat([first.positions, *[row.positions[..., cut:] for row in rows[1:]]], dim=-1),
+        )
+    ]  # fmt: skip
 
 
 def conversation(record: BranchRecord, media: Sequence[MediaRef]) -> list[dict[str, Any]]:
