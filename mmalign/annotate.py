@@ -151,11 +151,11 @@ class Annotator:
         self.folder.write(number, rows, _schema(self.table, self.rewards), notes)
         return len(rows)
 
-    def _ask(self, images: Sequence[Any], prompts: Sequence[str]) -> Mapping[str, Any]:
+    def _ask(self, images: Sequence[Any], prompts: Sequence[str], users: Sequence[str | None]) -> Mapping[str, Any]:
         if self._store is not None:
-            return self._store.score(images, prompts, batch_size=self.batch_size)
+            return self._store.score(images, prompts, batch_size=self.batch_size, users=users)
         found: Mapping[str, Any] = self._scorers.score(
-            images, prompts, batch_size=self.batch_size, details=True, on_error="nan"
+            images, prompts, batch_size=self.batch_size, details=True, on_error="nan", users=users
         )
         return found
 
@@ -175,14 +175,15 @@ def _numbers(table: PairTable | RankedTable, part: int) -> range:
 
 def _part(
     table: PairTable | RankedTable, numbers: range, rewards: tuple[str, ...],
-    ask: Callable[[Sequence[Any], Sequence[str]], Mapping[str, Any]],
+    ask: Callable[[Sequence[Any], Sequence[str], Sequence[str | None]], Mapping[str, Any]],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of one part, and a note for every score that is missing."""
     records = [table[number] for number in numbers]
     images = [_images(record) for record in records]
     flat = [image for row in images for image in row]
     prompts = [record.prompt for record, row in zip(records, images, strict=True) for _ in row]
-    found = ask(flat, prompts) if flat else {}
+    users = [record.user for record, row in zip(records, images, strict=True) for _ in row]
+    found = ask(flat, prompts, users) if flat else {}
     rows, notes, at = [], [], 0
     for number, record, row in zip(numbers, records, images, strict=True):
         scores: dict[str, list[float | None]] = {

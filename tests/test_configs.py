@@ -21,7 +21,8 @@ FRAGMENTS = [path for path in FILES if "base" in path.relative_to(ROOT / "config
 GENERATIONS = [path for path in FILES if path.parent.name == "generate"]
 SELECTIONS = [path for path in FILES if path.parent.name == "select"]
 GUARDS = [path for path in FILES if path.parent.name == "evaluate_guard"]
-EXPERIMENTS = [path for path in FILES if path not in [*LAUNCHERS, *FRAGMENTS, *GENERATIONS, *GUARDS, *SELECTIONS]]
+HEADS = [path for path in FILES if path.parent.name == "pal"]
+EXPERIMENTS = [path for path in FILES if path not in [*LAUNCHERS, *FRAGMENTS, *GENERATIONS, *GUARDS, *SELECTIONS, *HEADS]]
 PRESETS = [path for path in EXPERIMENTS if path.parent.name != "tiny"]
 HEAD_PARTS = ("Command", "Hardware", "Expected", "Source")
 
@@ -69,6 +70,17 @@ def test_experiments_decode_and_round_trip(path: Path, tmp_path: Path, monkeypat
     written = tmp_path / "config.yaml"
     written.write_text(dump_yaml(config), encoding="utf-8")
     assert load_experiment(written).config == config
+
+
+@pytest.mark.parametrize("path", HEADS, ids=relative)
+def test_heads_decode(path: Path) -> None:
+    assert len(HEADS) == 2, "new files: change the count here"
+    from mmalign import rewards
+    from mmalign.scoring.pal import load_config
+
+    config = load_config(path)
+    assert rewards.card(config.encoder).backbone != "none"
+    assert load_config(path, ["head.prototypes=1"]).head.prototypes == 1
 
 
 @pytest.mark.parametrize("path", GENERATIONS, ids=relative)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mmalign.cli import pal
+
 
 def register(app: typer.Typer) -> None:
     """Add the command group."""
@@ -17,6 +19,7 @@ def register(app: typer.Typer) -> None:
     group.command("convert")(convert)
     group.command("verify")(verify)
     group.command("serve")(serve)
+    pal.register(group)
     app.add_typer(group, name="rewards")
 
 
@@ -99,10 +102,14 @@ def serve(
 ) -> int:
     """Answer scoring requests over HTTP with JSON; ends with Ctrl-C."""
     from mmalign import rewards
+    from mmalign.errors import RewardError
     from mmalign.rewards.server import serve_forever
 
     names = [item.strip() for item in reward.split(",") if item.strip()]
     paths = dict(item.split("=", 1) for item in path or [] if "=" in item)
     scorers = rewards.load(names, paths, device, dtype)
+    personal = [backend.name for backend in scorers.backends if backend.reads_user]
+    if personal:
+        raise RewardError(f"requests name no user, so serve one user of {personal[0]}: {personal[0]}#NAME")
     serve_forever(scorers, host=host, port=port, announce=typer.echo)
     return 0

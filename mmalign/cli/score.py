@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _COMMA = "comma-separated"
 PROMPT_FLAGS = ("empty_prompt", "special_token")
+USER_FLAGS = ("no_user", "unknown_user")
 
 
 def register(app: typer.Typer) -> None:
@@ -39,6 +40,10 @@ def score(
     image_col: Annotated[str, typer.Option(help=f"Image columns, {_COMMA}.")] = "",
     prompt_col: Annotated[str | None, typer.Option(help="Prompt column.")] = None,
     key_col: Annotated[str | None, typer.Option(help="Column that names rows.")] = None,
+    user_col: Annotated[
+        str | None, typer.Option(help="Column with users, for rewards that differ between people; 'user' by default.")
+    ] = None,
+    user: Annotated[str | None, typer.Option(help="One user for all images.")] = None,
     prompt: Annotated[str | None, typer.Option(help="One prompt for all images.")] = None,
     prompt_file: Annotated[
         Path | None,
@@ -83,8 +88,8 @@ def score(
     names = _split(reward)
     paths = _by_name(path, "--path", "FOLDER")
     revisions = _revisions(revision, names, paths)
-    columns = Columns(images=_split(image_col), prompt=prompt_col, key=key_col, fixed_prompt=prompt,
-                      prompt_file=str(prompt_file) if prompt_file else None)  # fmt: skip
+    columns = Columns(images=_split(image_col), prompt=prompt_col, key=key_col, fixed_prompt=prompt, user=user_col,
+                      fixed_user=user, prompt_file=str(prompt_file) if prompt_file else None)  # fmt: skip
     job = Job(
         input=str(source), rewards=names, out=str(out), paths=paths, revisions=revisions, columns=columns,
         root=str(root) if root else None, limit=limit, batch_size=_batch_size(batch_size), device=device, dtype=dtype,
@@ -203,8 +208,11 @@ def _show(report: Report, out: Path, seconds: float) -> None:
         typer.echo(f"  ensemble {name}: {found['method']} of {', '.join(found['weights'])}{note}")
     if report.truncated:
         typer.echo(f"  prompts longer than the text encoder reads: {report.truncated}")
-    for title, wanted in (("pictures", False), ("prompts", True)):
-        found = {flag: count for flag, count in sorted(report.converted.items()) if (flag in PROMPT_FLAGS) == wanted}
+    kinds = dict.fromkeys(PROMPT_FLAGS, "prompts") | dict.fromkeys(USER_FLAGS, "users")
+    for title in ("pictures", "prompts", "users"):
+        found = {
+            flag: count for flag, count in sorted(report.converted.items()) if kinds.get(flag, "pictures") == title
+        }
         if found:
             typer.echo(f"  {title}: " + ", ".join(f"{flag} {count}" for flag, count in found.items()))
     if report.failed:

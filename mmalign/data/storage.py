@@ -28,6 +28,8 @@ MAX_JSONL_BYTES: Final = 1 << 30
 SMALL_TABLE_BYTES: Final = 64 << 20
 """Tables up to this size are simply read into memory; nothing is written beside them."""
 HASHES: Final = "hashes.json"
+VOTES: Final = "pairs.jsonl"
+"""The table of a folder of pairs, as `mmalign arena` writes it; the folder may be named instead."""
 
 
 class Part(ABC):
@@ -124,12 +126,14 @@ class Storage:
 
 
 def open_storage(path: str | Path, *, progress: bool = True) -> Storage:
-    """Open a folder of Parquet or Arrow parts, one such file, or a JSONL file.
+    """Open a folder of Parquet or Arrow parts, one such file, a JSONL file, or a folder with a `pairs.jsonl`.
 
     Raises:
         DataError: nothing there, nothing readable in it, or parts whose columns differ.
     """
     path = Path(path)
+    if (path / VOTES).is_file() and not any(path.glob("*.parquet")):
+        path = path / VOTES
     if path.is_file() and path.suffix in (".jsonl", ".ndjson"):
         return _open_jsonl(path)
     files = part_files(path)

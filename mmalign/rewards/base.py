@@ -49,11 +49,36 @@ class Answers:
     """What was behind each score, such as a judge's reply; plain data."""
 
 
+User = str | tuple[tuple[str, float], ...] | None
+"""Whose reward a row asks for: a name, a mixture of names with shares that sum to 1, or nobody in particular."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserNote:
+    """What a reward says of a row's user before anything is computed."""
+
+    reason: str | None = None
+    """Reason code where the row cannot be scored for this user."""
+    message: str | None = None
+    flags: tuple[str, ...] = ()
+    """What a person should know about a row that is scored all the same."""
+
+
 class Backend(ABC):
     """One loaded reward."""
 
     card: Card
     device: torch.device = torch.device("cpu")
+    reads_user: bool = False
+    """Whether a row's user decides its score."""
+
+    def about_user(self, user: User) -> UserNote:
+        """Whether a row can be scored for this user; only asked where `reads_user`."""
+        return UserNote()
+
+    def user_key(self, user: str | None) -> str:
+        """How stored scores name a user; only asked where `reads_user`."""
+        return user or ""
 
     @property
     def name(self) -> str:
@@ -91,6 +116,10 @@ class EncodingBackend(Backend):
     @abstractmethod
     def pair(self, images: Tensor, texts: Texts | None) -> Tensor:
         """Row i of both -> float32 scores ``[n]``. Each row depends on itself only."""
+
+    def pair_for(self, images: Tensor, texts: Texts | None, users: Sequence[User]) -> Tensor:
+        """As `pair`, each row for its user. Only a reward that `reads_user` makes a difference."""
+        return self.pair(images, texts)
 
     @property
     def image_tower(self) -> VisionTower | None:

@@ -99,6 +99,14 @@ def _register_heads() -> None:
         notes="The release is a pickled module: 'mmalign rewards convert' turns it into safetensors first.", **_VIT_H))  # type: ignore[arg-type]  # fmt: skip
 
 
+def _register_personal() -> None:
+    register_scorer("pal", "mmalign.rewards.pal.backend:pal", card=Card(
+        name="pal", summary="what one person prefers, by a mixture of ideal points: pal:FOLDER, user given per row",
+        formula="as its head says; see 'mmalign rewards verify pal --path FOLDER'", nominal_range="as its encoder's",
+        differentiable=True, cite="arXiv:2406.08469",
+        notes="'mmalign rewards fit-pal' makes the folder. pal:FOLDER#NAME scores every row for one user."))  # fmt: skip
+
+
 def _register_simple() -> None:
     simple = {"needs_prompt": False, "comparable_across_prompts": True, "notes": _IGNORES}
     for name, target, text, formula, span, smooth in (
@@ -148,6 +156,7 @@ def _register_unavailable() -> None:
 _register_embedded()
 _register_dual()
 _register_heads()
+_register_personal()
 _register_simple()
 _register_judges()
 _register_unavailable()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mmalign.media import DEFAULT, Limits
-from mmalign.rewards.base import Backend, Details, DirectBackend, EncodingBackend, Texts
+from mmalign.rewards.base import Backend, Details, DirectBackend, EncodingBackend, Texts, User
 from mmalign.rewards.batching import EncodeEach, batch_for, in_batches, stack_padded
 from mmalign.rewards.errors import InputError, ScoringError
 from mmalign.rewards.launching import Encoded, Launched, pair_rows, windows
@@ -94,6 +94,7 @@ class Engine:
         on_error: str = "raise",
         embeddings: bool = False,
         progress: Callable[[int], None] | None = None,
+        users: Sequence[User] | None = None,
     ) -> dict[str, Details]:
         """Score every row with every reward.
 
@@ -103,6 +104,7 @@ class Engine:
             batch_size: pictures per forward; None chooses by device. Halved when memory runs out.
             on_error: ``raise``, or ``nan`` to mark rows that cannot be scored and go on.
             progress: called with the number of rows done since the last call.
+            users: whose reward each row asks for; None: nobody's in particular.
 
         Raises:
             ScoringError: a row could not be scored and `on_error` is ``raise``.
@@ -111,6 +113,7 @@ class Engine:
             raise InputError(f"on_error is 'raise' or 'nan', got {on_error!r}")
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        whose: Sequence[User] = [None] * len(images) if users is None else users
         size = batch_size or self._default_batch()
         results = {backend.name: ResultTable(len(images)) for backend in self.backends}
         spans = windows(len(images), size)
@@ -131,7 +134,8 @@ class Engine:
                 pending = read(number + 1)
                 started = None
                 if ready is not None:
-                    started = self._launch(ready, prompts[start:stop], size, on_error, embeddings)
+                    started = Launched(window=ready, prompts=prompts[start:stop], users=whose[start:stop])
+                    self._launch(started, size, on_error, embeddings)
                 for finished in (running, started if number + 1 == len(spans) else None):
                     if finished is not None:
                         self._collect(finished, size, results, on_error)
@@ -151,15 +155,15 @@ class Engine:
 
     # ------------------------------------------------------------------ scoring
 
-    def _launch(self, window: Window, prompts: Sequence[str], size: int, on_error: str, embeddings: bool) -> Launched:
+    def _launch(self, started: Launched, size: int, on_error: str, embeddings: bool) -> None:
         """Start the encoders on a window without waiting for a GPU."""
+        window, prompts = started.window, started.prompts
         for row, digest in enumerate(window.digests):
             picture = window.pictures[digest]
             if picture.reason is not None and on_error == "raise":
                 raise ScoringError(window.start + row, picture.reason, picture.message or "")
         rows = [row for row, digest in enumerate(window.digests) if window.pictures[digest].reason is None]
-        readable = [row for row in rows if _is_text(prompts[row])]
-        started = Launched(window=window, prompts=prompts, rows=rows, readable=readable)
+        started.rows, started.readable = rows, [row for row in rows if _is_text(prompts[row])]
         images: Encoded = {}
         texts: dict[str, tuple[dict[str, int], Texts]] = {}
         for backend in self.backends:
@@ -169,7 +173,9 @@ class Engine:
                 if key not in images:
                     images.update(self._encode_images(self._group(key), window, rows, size))
                 if backend.text_key and backend.text_key not in texts:
-                    texts[backend.text_key] = self._encode_texts(backend, [prompts[row] for row in usable], size)
+                    # Of all rows, not of the usable: another reward with the same texts may know more users.
+                    needed = [prompts[row] for row in started.readable]
+                    texts[backend.text_key] = self._encode_texts(backend, needed, size)
                 started.scored[backend.name] = [
                     pair_rows(
                         backend,
@@ -184,7 +190,6 @@ class Engine:
         for device in {backend.device for backend in self.backends if backend.device.type == "cuda"}:
             started.done.append(torch.cuda.Event())
             started.done[-1].record(torch.cuda.current_stream(device))
-        return started
 
     def _collect(self, started: Launched, size: int, results: dict[str, ResultTable], on_error: str) -> None:
         """Wait for a window and write its rows into the tables."""
@@ -200,6 +205,7 @@ class Engine:
                 table.set_row(window.start + row, picture.reason, picture.message, picture.flags + noted)
                 if needing and row in broken:
                     table.set_row(window.start + row, "bad_prompt", "half a surrogate pair is no text", picture.flags)
+            table.note_users(window.start, started.notes.get(backend.name, {}))
             for part in started.scored.get(backend.name, ()):
                 table.set_scores(part.rows, part.values, part.truncated)
                 if part.vectors is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mmalign.media import DEFAULT, Decoded, Limits, MediaError, decode_image, read_bytes
 from mmalign.media.decode import strict_decoding
+from mmalign.rewards.base import User
 from mmalign.rewards.errors import InputError
 from mmalign.types import ImageRef
 
@@ -84,6 +85,35 @@ def as_prompts(prompts: str | Sequence[str] | None, count: int) -> list[str]:
     if texts and all(os.path.isfile(text) for text in set(texts)):
         raise InputError(f"every prompt is an existing file ({texts[0]!r}): images come first, then prompts")
     return texts
+
+
+def as_users(users: Any, count: int) -> list[User]:
+    """One user per picture: a name, None, or a mapping from names to shares; a single one is used for all.
+
+    Whole numbers are names too, as Pick-a-Pic has them.
+
+    Raises:
+        InputError: another number of users, or entries that are none of these.
+    """
+    if users is None or isinstance(users, str | Mapping):
+        users = [users] * count
+    entries = list(users)
+    if len(entries) != count:
+        raise InputError(f"{count} images but {len(entries)} users; give one user per image, or one for all")
+    return [_as_user(entry, row) for row, entry in enumerate(entries)]
+
+
+def _as_user(entry: Any, row: int) -> User:
+    if isinstance(entry, Mapping):
+        try:
+            return tuple(sorted((str(name), float(share)) for name, share in entry.items()))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"user {row}: a mixture maps names to numbers, got {entry!r}") from error
+    if entry is None or isinstance(entry, str | tuple):  # a tuple is a mixture that was read before
+        return entry
+    if isinstance(entry, int | np.integer) and not isinstance(entry, bool):
+        return str(entry)
+    raise InputError(f"user {row} is a {type(entry).__name__}, expected a name, None, or a mapping of names to shares")
 
 
 def check_range(pixels: Tensor) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mmalign.rewards.base import Backend, EncodingBackend, Texts
+from mmalign.rewards.base import Backend, EncodingBackend, Texts, User, UserNote
 from mmalign.rewards.reading import Window
 
 Encoded = dict[str, tuple[dict[bytes, int], Tensor]]
@@ -32,17 +32,25 @@ class Launched:
 
     window: Window
     prompts: Sequence[str]
-    rows: list[int]
+    users: Sequence[User]
+    rows: list[int] = field(default_factory=list)
     """Those whose picture could be read."""
-    readable: list[int]
+    readable: list[int] = field(default_factory=list)
     """Of these, those whose prompt is a text."""
+    notes: dict[str, dict[int, UserNote]] = field(default_factory=dict)
+    """By reward that reads users: what it says of those of the rows it could otherwise score."""
     scored: dict[str, list[Part]] = field(default_factory=dict)
     """By reward."""
     done: list[torch.cuda.Event] = field(default_factory=list)
 
     def usable(self, backend: Backend) -> list[int]:
         """The rows that a reward can score."""
-        return self.readable if backend.card.needs_prompt else self.rows
+        rows = self.readable if backend.card.needs_prompt else self.rows
+        if not backend.reads_user:
+            return rows
+        if backend.name not in self.notes:
+            self.notes[backend.name] = {row: backend.about_user(self.users[row]) for row in rows}
+        return [row for row, note in self.notes[backend.name].items() if note.reason is None]
 
 
 def windows(rows: int, size: int) -> list[tuple[int, int]]:
@@ -78,7 +86,7 @@ def pair_rows(
         text = texts[1].rows(torch.tensor([texts[0][started.prompts[row]] for row in rows]))
     with torch.inference_mode():
         chosen = features[index.to(features.device, non_blocking=True)]
-        values = backend.pair(chosen, text).float().to("cpu", non_blocking=True)
+        values = backend.pair_for(chosen, text, [started.users[row] for row in rows]).float().to("cpu", non_blocking=True)
         vectors = backend.embedding(chosen) if embeddings else None
         if vectors is not None:
             vectors = vectors.float().to("cpu", non_blocking=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmalign.rewards.base import Details
+from mmalign.rewards.base import Details, UserNote
 from mmalign.rewards.errors import ScoringError
 
 
@@ -25,6 +26,14 @@ class ResultTable:
 
     def set_row(self, row: int, reason: str | None, message: str | None, flags: tuple[str, ...]) -> None:
         self.errors[row], self.messages[row], self.flags[row] = reason, message, flags
+
+    def note_users(self, start: int, notes: Mapping[int, UserNote]) -> None:
+        """Write down what is said of the users of a window's rows."""
+        for row, note in notes.items():
+            at = start + row
+            self.flags[at] += note.flags
+            if note.reason is not None:
+                self.errors[at], self.messages[at] = note.reason, note.message
 
     def set_scores(self, rows: list[int], scores: Tensor, truncated: Tensor) -> None:
         index = torch.tensor(rows)

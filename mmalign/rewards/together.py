@@ -13,8 +13,8 @@ from mmalign.rewards.base import Details
 from mmalign.rewards.cards import Card
 from mmalign.rewards.combining import Combined, checked_weights, combine
 from mmalign.rewards.errors import InputError
-from mmalign.rewards.inputs import as_prompts, as_sequence
-from mmalign.rewards.scorer import ScorerSet
+from mmalign.rewards.inputs import as_prompts, as_sequence, as_users
+from mmalign.rewards.scorer import ScorerSet, Users
 
 
 class Ensemble:
@@ -74,6 +74,7 @@ class Ensemble:
         details: bool = False,
         on_error: str | None = None,
         progress: Callable[[int], None] | None = None,
+        users: Users = None,
     ) -> Any:
         """The combined value, float32 ``[N]``; with `details`, `Details` whose `components` are the single scores.
 
@@ -83,36 +84,41 @@ class Ensemble:
         rows = as_sequence(images)
         chosen = on_error or ("raise" if self.missing == "error" else "nan")
         found = self.scorers.score(
-            rows, prompts, batch_size=batch_size, details=True, on_error=chosen, progress=progress
+            rows, prompts, batch_size=batch_size, details=True, on_error=chosen, progress=progress, users=users
         )
         missing = "drop_row" if chosen == "nan" and self.missing == "error" else self.missing
         values = {name: item.values for name, item in found.items()}
         combined = self._combined(values, as_prompts(prompts, len(rows)), missing)
         return _details(found, combined) if details else combined.values
 
-    def prefer(self, images_0: Any, images_1: Any, prompts: str | Sequence[str] | None = None) -> Tensor:
+    def prefer(
+        self, images_0: Any, images_1: Any, prompts: str | Sequence[str] | None = None, users: Users = None
+    ) -> Tensor:
         """P(first preferred) ``[N]``: sigmoid of the difference for ``linear`` and ``zscore_ref``, else the weighted share of
         rewards that prefer the first (ties half)."""
         first, second = as_sequence(images_0), as_sequence(images_1)
         if len(first) != len(second):
             raise InputError(f"{len(first)} first images but {len(second)} second ones")
         count = len(first)
-        texts = as_prompts(prompts, count)
+        texts, whose = as_prompts(prompts, count), as_users(users, count)
         if self.normalize in ("linear", "zscore_ref"):
-            both = self.combine([*first, *second], [*texts, *texts]).values
+            both = self.combine([*first, *second], [*texts, *texts], users=[*whose, *whose]).values
             return torch.sigmoid(both[:count] - both[count:])
-        found = self.scorers.score([*first, *second], [*texts, *texts])
+        found = self.scorers.score([*first, *second], [*texts, *texts], users=[*whose, *whose])
         votes = combine(found, [*range(count)] * 2, weights=self.weights, normalize="win_rate", missing=self.missing)
         return votes.values[:count]
 
-    def rank(self, candidates: Sequence[Any], prompts: str | Sequence[str] | None = None) -> Tensor:
+    def rank(
+        self, candidates: Sequence[Any], prompts: str | Sequence[str] | None = None, users: Users = None
+    ) -> Tensor:
         """Values of the candidates of each list, compared within it: float32 ``[N, K]``, NaN-padded."""
         lists = [as_sequence(row) for row in candidates]
-        texts = as_prompts(prompts, len(lists))
+        texts, whose = as_prompts(prompts, len(lists)), as_users(users, len(lists))
         owners = [index for index, row in enumerate(lists) for _ in row]
         flat = self.combine(
-            [image for row in lists for image in row], [texts[index] for index in owners], owners
-        ).values
+            [image for row in lists for image in row], [texts[index] for index in owners], owners,
+            users=[whose[index] for index in owners],
+        ).values  # fmt: skip
         out = torch.full((len(lists), max((len(row) for row in lists), default=0)), torch.nan)
         start = 0
         for index, row in enumerate(lists):
@@ -126,7 +132,9 @@ class Ensemble:
             temperature=self.temperature, references=self.references,
         )  # fmt: skip
 
-    def score_tensor(self, pixels01: Tensor, prompts: str | Sequence[str] | None = None) -> Tensor:
+    def score_tensor(
+        self, pixels01: Tensor, prompts: str | Sequence[str] | None = None, users: Users = None
+    ) -> Tensor:
         """Differentiable weighted sum; only for ``linear`` and ``zscore_ref``, the others compare candidates.
 
         Raises:
@@ -136,7 +144,7 @@ class Ensemble:
             raise RewardError(f"'{self.normalize}' ranks candidates and has no gradient; use linear or zscore_ref")
         total = torch.zeros(len(pixels01), device=pixels01.device)
         for name, weight in self.weights.items():
-            values = self.scorers[name].score_tensor(pixels01, prompts).to(total.device)
+            values = self.scorers[name].score_tensor(pixels01, prompts, users).to(total.device)
             if self.normalize == "zscore_ref":
                 mean, deviation = (self.references or {})[name]
                 values, weight = (values - mean) / deviation, weight / sum(self.weights.values())

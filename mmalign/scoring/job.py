@@ -191,7 +191,8 @@ def _run(
     todo = [cell for cell in cells if cell not in early]
     images = [rows[index].images[column] for index, column in todo]
     prompts = [rows[index].prompt or "" for index, _ in todo]
-    found = scorers.engine.run(images, prompts, batch_size=batch, on_error="nan", embeddings=embeddings)
+    users = [rows[index].user for index, _ in todo]
+    found = scorers.engine.run(images, prompts, batch_size=batch, on_error="nan", embeddings=embeddings, users=users)
     return found, early
 
 

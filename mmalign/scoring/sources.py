@@ -32,6 +32,8 @@ class Row:
     key: str
     images: Mapping[str, ImageRef | str]
     prompt: str | None
+    user: str | None = None
+    """Whose reward to ask for, where a reward differs between people."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +46,16 @@ class Columns:
     key: str | None = None
     fixed_prompt: str | None = None
     """One text for all rows, instead of a column."""
+    user: str | None = None
+    """Column with users; by default `user` where there is one."""
+    fixed_user: str | None = None
+    """One user for all rows, instead of a column."""
     prompt_file: str | None = None
     """For picture folders: a JSON file that maps file names to prompts; ``prompts.json`` in the folder by default."""
+
+    def __post_init__(self) -> None:
+        if self.user is not None and self.fixed_user is not None:
+            raise DataError("one user for all rows (--user) and a column of users (--user-col) exclude each other")
 
 
 class Source(ABC):
@@ -128,9 +138,9 @@ class ListSource(Source):
             if prompt is None and sidecar.is_file():
                 prompt = sidecar.read_text(encoding="utf-8").strip()
             inside = _inside(name, folder)
-            rows.append(Row(key=name, images={"image": inside}, prompt=prompt))
+            rows.append(Row(key=name, images={"image": inside}, prompt=prompt, user=columns.fixed_user))
             status = file.stat()
-            digest.update(f"{name}|{status.st_size}|{status.st_mtime_ns}|{prompt}\n".encode())
+            digest.update(f"{name}|{status.st_size}|{status.st_mtime_ns}|{prompt}|{columns.fixed_user}\n".encode())
         return cls(rows, ("image",), digest.hexdigest())
 
     @classmethod
@@ -223,13 +233,15 @@ class _Chosen:
     images: tuple[str, ...]
     prompt: str | None
     key: str | None
+    user: str | None = None
+    fixed_user: str | None = None
 
     def needed(self) -> list[str]:
-        return [*self.images, *(name for name in (self.prompt, self.key) if name is not None)]
+        return [*self.images, *(name for name in (self.prompt, self.key, self.user) if name is not None)]
 
 
 def _choose(available: Sequence[str], wanted: Columns, source: Path) -> _Chosen:
-    for name in (*wanted.images, wanted.prompt, wanted.key):
+    for name in (*wanted.images, wanted.prompt, wanted.key, wanted.user):
         if name is not None and name not in available:
             raise DataError(f"{source} has no column '{name}'{did_you_mean(name, available)}")
     images = wanted.images
@@ -243,7 +255,9 @@ def _choose(available: Sequence[str], wanted: Columns, source: Path) -> _Chosen:
             images = ("chosen", "rejected") if usual[0] == "chosen" and "rejected" in available else (usual[0],)
     prompt = wanted.prompt or next((name for name in ("prompt", "caption", "text") if name in available), None)
     key = wanted.key or next((name for name in ("id", "row_id", "key") if name in available), None)
-    return _Chosen(images=images, prompt=None if wanted.fixed_prompt is not None else prompt, key=key)
+    user = wanted.user or ("user" if "user" in available and wanted.fixed_user is None else None)
+    prompt = None if wanted.fixed_prompt is not None else prompt
+    return _Chosen(images=images, prompt=prompt, key=key, user=user, fixed_user=wanted.fixed_user)
 
 
 def _row(record: Mapping[str, Any], index: int, chosen: _Chosen, fixed: str | None, root: Path) -> Row:
@@ -253,7 +267,9 @@ def _row(record: Mapping[str, Any], index: int, chosen: _Chosen, fixed: str | No
     if key is None:
         first = record.get(chosen.images[0])
         key = first if isinstance(first, str) and len(chosen.images) == 1 else index
-    return Row(key=str(key), images=images, prompt=None if prompt is None else str(prompt))
+    user = record.get(chosen.user) if chosen.user else chosen.fixed_user
+    return Row(key=str(key), images=images, prompt=None if prompt is None else str(prompt),
+               user=None if user is None else str(user))  # fmt: skip
 
 
 def _cell(value: Any, root: Path, label: str) -> ImageRef | str:

@@ -68,22 +68,25 @@ class StoredScores:
         self._fresh: dict[str, dict[str, Tensor]] = {name: {} for name in self.caches}
 
     def score(
-        self, images: Sequence[ImageRef], prompts: Sequence[str], *, batch_size: int | None = None
-    ) -> dict[str, Found]:
-        """What every reward says of each picture with its prompt; what is new is stored with the next shard.
+        self, images: Sequence[ImageRef], prompts: Sequence[str], *, batch_size: int | None = None,
+        users: Sequence[str | None] | None = None,
+    ) -> dict[str, Found]:  # fmt: skip
+        """What every reward says of each picture with its prompt (for its user, where the reward differs between people); what is
+        new is stored with the next shard.
 
         Raises:
             DataError: `embeddings` was asked of this store, or of a reward that has none.
         """
         if self.embeddings:
             raise DataError("this store keeps embeddings; make one without `embeddings` for scores")
-        return self._all(images, prompts, batch_size)
+        return self._all(images, prompts, batch_size, users)
 
     def fill(
-        self, images: Sequence[ImageRef], prompts: Sequence[str], *, batch_size: int | None = None
-    ) -> dict[str, Found]:
+        self, images: Sequence[ImageRef], prompts: Sequence[str], *, batch_size: int | None = None,
+        users: Sequence[str | None] | None = None,
+    ) -> dict[str, Found]:  # fmt: skip
         """As `score`, whatever is kept; the values of embeddings are NaN."""
-        return self._all(images, prompts, batch_size)
+        return self._all(images, prompts, batch_size, users)
 
     def gather(self, reward: str, images: Sequence[ImageRef]) -> Tensor:
         """Stored embeddings of some pictures. [n, D] float32
@@ -101,13 +104,16 @@ class StoredScores:
             self._fresh[name] = {}
             self.caches[name].refresh()
 
-    def _all(self, images: Sequence[ImageRef], prompts: Sequence[str], batch_size: int | None) -> dict[str, Found]:
+    def _all(
+        self, images: Sequence[ImageRef], prompts: Sequence[str], batch_size: int | None, users: Sequence[str | None] | None
+    ) -> dict[str, Found]:
         digests, broken = self._digests(images)
+        whose = [None] * len(images) if users is None else users
         found: dict[str, Found] = {}
         for backend in self.scorers.backends:
             name = backend.name
-            keys = [None if digest is None else self._key(backend, digest, prompt)
-                    for digest, prompt in zip(digests, prompts, strict=True)]  # fmt: skip
+            keys = [None if digest is None else self._key(backend, digest, prompt, user)
+                    for digest, prompt, user in zip(digests, prompts, whose, strict=True)]  # fmt: skip
             values = [float("nan")] * len(keys)
             errors: list[str | None] = [None if error is None else error[0] for error in broken]
             messages: list[str | None] = [None if error is None else error[1] for error in broken]
@@ -123,23 +129,25 @@ class StoredScores:
                 value = stored if stored is not None else self.caches[name].gather([key])[self._tensor][0]
                 for place in own:
                     values[place] = float("nan") if self.embeddings else float(value)
-            self._compute(backend, images, prompts, {key: places[key] for key in places if key in missing},
+            self._compute(backend, images, (prompts, whose), {key: places[key] for key in places if key in missing},
                           values, errors, messages, batch_size)  # fmt: skip
             found[name] = Found(values=torch.tensor(values), errors=tuple(errors), messages=tuple(messages))
         return found
 
     def _compute(
-        self, backend: Backend, images: Sequence[ImageRef], prompts: Sequence[str], places: Mapping[str, list[int]],
+        self, backend: Backend, images: Sequence[ImageRef],
+        prompts_and_users: tuple[Sequence[str], Sequence[str | None]], places: Mapping[str, list[int]],
         values: list[float], errors: list[str | None], messages: list[str | None], batch_size: int | None,
     ) -> None:  # fmt: skip
         """Ask one reward about the pictures at these places, and keep what it says that is a number."""
         if not places:
             return
+        prompts, users = prompts_and_users
         keys, first = list(places), [own[0] for own in places.values()]
         made = ScorerSet([backend], workers=self.scorers.engine.workers, limits=self.limits)
         details = made.engine.run(
             [images[place] for place in first], [prompts[place] for place in first], batch_size=batch_size, on_error="nan",
-            embeddings=self.embeddings,
+            embeddings=self.embeddings, users=[users[place] for place in first],
         )[backend.name]  # fmt: skip
         if self.embeddings and details.embeddings is None:
             raise DataError(f"reward '{backend.name}' has no embedding of pictures; kind 'clip' needs one of the CLIP type")
@@ -168,8 +176,11 @@ class StoredScores:
         cache = self.caches[name]
         return ShardWriter(folder=cache.folder, shard_bytes=SHARD_BYTES, shard_seconds=SHARD_SECONDS, known=cache.kinds)
 
-    def _key(self, backend: Backend, digest: str, prompt: str) -> str:
-        return digest if self.embeddings or not backend.card.needs_prompt else f"{digest}\n{prompt}"
+    def _key(self, backend: Backend, digest: str, prompt: str, user: str | None) -> str:
+        if self.embeddings:
+            return digest
+        whose = [backend.user_key(user)] if backend.reads_user else []
+        return "\n".join([digest, *whose, *([prompt] if backend.card.needs_prompt else [])])
 
     def _digest(self, image: ImageRef) -> str:
         return hashlib.sha256(read_bytes(image, self.limits)[0]).hexdigest()
@@ -197,7 +208,8 @@ def fill_table(
         some = [table[int(row)] for row in rows[start : start + window]]
         images = [image for record in some for image in pictures_of(record)]
         prompts = [record.prompt for record in some for _ in pictures_of(record)]
-        found = store.fill(images, prompts, batch_size=batch_size)
+        users = [record.user for record in some for _ in pictures_of(record)]
+        found = store.fill(images, prompts, batch_size=batch_size, users=users)
         failed += sum(error is not None for one in found.values() for error in one.errors)
         advance(len(some))
     store.flush()
