@@ -172,8 +172,8 @@ class Maker:
         source = self.config.sources[index]
         if self._loaded is None or self._loaded[0] != index:
             self._loaded = None  # before the next one is loaded, or both would be in memory
-            self._loaded = (index, _load(source, self.config.device))
-        made = _sample(self._loaded[1], source, self.config.seed, self.prompts, self.rows(number), advance)
+            self._loaded = (index, load_source(source, self.config.device))
+        made = sample_candidates(self._loaded[1], source, self.config.seed, self.prompts, self.rows(number), advance)
         self.folder.write(number, made, _stage_schema())
         return self.pictures(number)
 
@@ -190,7 +190,7 @@ def _rows(config: GenerateConfig, prompts: Sequence[str], chunk: int) -> range:
     return range(chunk * config.prompts_per_part, min((chunk + 1) * config.prompts_per_part, len(prompts)))
 
 
-def _load(source: SourceConfig, device: str) -> DiffusionFamily:
+def load_source(source: SourceConfig, device: str) -> DiffusionFamily:
     import torch
 
     from mmalign.experiment.assembly import quiet_libraries
@@ -227,7 +227,7 @@ def prompt_id(row: int, prompt: str) -> str:
     return f"{row}-{hashlib.sha256(prompt.encode()).hexdigest()[:12]}"
 
 
-def _sample(
+def sample_candidates(
     family: DiffusionFamily, source: SourceConfig, seed: int, prompts: Sequence[str], rows: range, advance: Any
 ) -> list[dict[str, Any]]:
     """All candidates of some prompts from one model: a row per prompt."""

@@ -17,12 +17,12 @@ PACKAGE = ROOT / "mmalign"
 
 LAYERS = {
     "errors": 0, "registry": 0, "types": 0, "rng": 0, "assets": 0,
-    "branches": 1, "config": 1, "objectives": 1, "diffusion": 1, "media": 1, "statistics": 1,
+    "branches": 1, "config": 1, "objectives": 1, "diffusion": 1, "media": 1, "statistics": 1, "serving": 1,
     "data": 2, "models": 2, "rewards": 2, "world": 2, "freezing": 2,
     "trainers": 3, "selection": 3,
     "engine": 4,
     "experiment": 5, "evaluation": 5, "evaluate_guard": 5, "compare": 5, "report": 5, "export": 5, "demo": 5, "generate": 5,
-    "annotate": 5, "scoring": 5, "sampling": 5,
+    "annotate": 5, "scoring": 5, "arena": 5, "sampling": 5,
     "demo_vlm": 5, "demo_cxr": 5, "demo_temple": 5, "demo_people": 5, "videobench": 5, "personalize": 5, "cli": 5, "__main__": 5,
 }  # fmt: skip
 """Part of the package -> layer. A part imports from lower layers and itself; only the top layer imports sideways."""
@@ -40,7 +40,7 @@ HEAVY = {
 """Libraries that take long to import, or may be missing: imported inside the functions that need them."""
 WHOLE_PURPOSE: dict[str, set[str]] = {}
 """Module -> heavy libraries that it may import at its top, because the module is about nothing else."""
-WITHOUT_TORCH = {"errors", "registry", "assets", "config", "media", "statistics", "cli", "__main__", ""}
+WITHOUT_TORCH = {"serving", "errors", "registry", "assets", "config", "media", "statistics", "cli", "__main__", ""}
 """Parts that must not import torch when they are imported ('' is the package itself)."""
 
 MAX_FILE_LINES = 400

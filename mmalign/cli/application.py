@@ -16,7 +16,9 @@ from mmalign.cli import experiments, listing
 from mmalign.cli.outcome import DEBUG_VARIABLE, conclude
 
 # Modules of this package that bring commands of their own by `register(app)`.
-_PARTS = ("compare", "score", "rewards", "data", "generate", "annotate", "personalize", "evaluate_guard", "evaluate_video")
+_PARTS = (
+    "compare", "score", "rewards", "data", "generate", "annotate", "arena", "personalize", "evaluate_guard", "evaluate_video",
+)  # fmt: skip
 
 _HELP = """Align text-to-image and vision-language models with preferences.
 

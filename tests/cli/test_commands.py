@@ -38,7 +38,7 @@ def names_in_help() -> list[str]:
 def test_the_commands_offered_are_those_that_work() -> None:
     offered = names_in_help()
     parts = Path(mmalign.cli.__file__).parent
-    more = ("score", "score-eval", "rewards", "data", "annotate", "generate")
+    more = ("score", "score-eval", "rewards", "data", "annotate", "arena", "generate")
     there = [name for name in more if (parts / f"{name.split('-')[0]}.py").exists()]
     assert sorted(offered) == sorted([*COMMANDS, *there])
 

@@ -105,6 +105,12 @@ def test_annotate_scores_each_row_for_its_user(world: Path, tmp_path: Path) -> N
     done = run("annotate", world / "known", "--reward", reward, "--out", tmp_path / "a", "--device", "cpu")
     assert done.exit_code == 0, done.output
     rows = pq.read_table(tmp_path / "a" / "part-00000.parquet").to_pylist()
+    for name in ("b", "c"):  # filling the store of scores, and reading it: a user is part of what a score is found by
+        done = run("annotate", world / "known", "--reward", reward, "--out", tmp_path / name, "--device", "cpu", "--cache",
+                   tmp_path / "cache")  # fmt: skip
+        assert done.exit_code == 0, done.output
+        stored = pq.read_table(tmp_path / name / "part-00000.parquet").to_pylist()
+        assert [row["scores"][reward] for row in stored] == [pytest.approx(row["scores"][reward], abs=1e-5) for row in rows]
     assert np.mean([row["scores"][reward][0] > row["scores"][reward][1] for row in rows]) > 0.95
 
 

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +20,7 @@ from mmalign.media import MediaError, read_bytes
 
 MANIFESTS: Final = ("pairs.csv", "pairs.jsonl")
 REQUIRED: Final = ("prompt", "chosen", "rejected")
-OPTIONAL: Final = ("id", "p_chosen", "user", "weight", "group", "scores")
+OPTIONAL: Final = ("id", "p_chosen", "user", "weight", "group", "scores", "meta")
 
 
 class FolderReader(Reader):
@@ -81,7 +82,7 @@ class FolderReader(Reader):
             raise DataError(
                 f"{self.manifest} line {line}: column 'prompt' holds {type(prompt).__name__}, expected text"
             )
-        scores = self._scores(row, line)
+        scores, known = self._scores(row, line), (*REQUIRED, *OPTIONAL)
         if self._rewards and scores is None:
             return self._problem(line, name, "scores", "non_finite_score", f"expected two numbers for {self._rewards}")
         return SourceRow(
@@ -93,7 +94,7 @@ class FolderReader(Reader):
             user=_text(row.get("user")),
             group=_text(row.get("group")),
             weight=self._number(row, "weight", line),
-            meta={column: value for column, value in row.items() if column not in (*REQUIRED, *OPTIONAL)},
+            meta={**_given(row.get("meta")), **{name: value for name, value in row.items() if name not in known}},
             chosen_name=row["chosen"],
             rejected_name=row["rejected"],
             scores=scores,
@@ -158,6 +159,16 @@ def read_csv(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{path} after line {lines[-1] if lines else 0}: not readable CSV in UTF-8: {error}") from error
     return rows, lines
+
+
+def _given(meta: Any) -> dict[str, Any]:
+    """What a row's own `meta` holds: an object, or the text of one; anything else is kept under its name."""
+    if isinstance(meta, str) and meta:
+        with suppress(ValueError):
+            meta = json.loads(meta)
+    if isinstance(meta, dict):
+        return meta
+    return {} if meta is None or meta == "" else {"meta": meta}
 
 
 def _finite(value: Any) -> bool:
