@@ -25,7 +25,7 @@ from mmalign.world.taste import factors
 FEATURES = ("faithful", "vivid", "warm", "placed", "covered")
 FAITHFUL = 0.6
 """Weight of the caption in every voter's utility."""
-STRENGTH = 1.5
+STRENGTH = 2.0
 """Length of a taste: one standard deviation along it moves the logit of a choice by this much."""
 WORLDS = ("groups", "mixtures", "agree")
 VOTES_PER_VOTER = 40

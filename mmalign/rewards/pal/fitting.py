@@ -183,7 +183,7 @@ class Population:
         return cls(centre=centre, precision=torch.linalg.inv(spread))
 
 
-def fit_user(head: PalHead, choices: Choices, population: Population, *, loss: str = "logistic", steps: int = 100) -> Tensor:
+def fit_user(head: PalHead, choices: Choices, population: Population, *, loss: str = "logistic", steps: int = 40) -> Tensor:
     """The logits ``[K]`` of one user from that user's pairs alone; nothing of the head moves.
 
     The most probable logits under the pairs and the population's prior, by L-BFGS from the population and from the side of
@@ -218,7 +218,7 @@ def fit_user(head: PalHead, choices: Choices, population: Population, *, loss: s
 
 def _minimise(cost, start: Tensor, steps: int) -> tuple[float, Tensor]:  # type: ignore[no-untyped-def]
     logits = start.clone().requires_grad_(True)
-    optimiser = torch.optim.LBFGS([logits], max_iter=steps, line_search_fn="strong_wolfe", tolerance_grad=1e-6)
+    optimiser = torch.optim.LBFGS([logits], max_iter=steps, tolerance_change=1e-7, line_search_fn="strong_wolfe", tolerance_grad=1e-6)
 
     def closure() -> Tensor:
         optimiser.zero_grad()
