@@ -178,6 +178,10 @@ class Trl(Side):
         )  # fmt: skip
         state = {f"base_model.model.{name}": value for name, value in lora_state(start).items()}
         set_peft_model_state_dict(self.trainer.model, state)
+        if checkpointing:  # its own loop switches this on when it starts, which this bare loop does not do
+            whole: Any = self.trainer.model
+            enable = getattr(whole, "activation_checkpointing_enable", whole.gradient_checkpointing_enable)
+            enable(config.gradient_checkpointing_kwargs)
         self.model = self.trainer.accelerator.prepare(self.trainer.model).train()
         self.trainer.current_gradient_accumulation_steps = 1  # what its own loop sets
         self.trained = [value for value in self.model.parameters() if value.requires_grad]

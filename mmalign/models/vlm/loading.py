@@ -179,13 +179,14 @@ def _own_kernels(family: VlmFamily) -> None:
     kernels.register()
     config, parts = family.config, family.parts()
     if config.attention == "sdpa" and not config.compile:
-        _use(parts["language"], kernels.BRANCHES)
+        use_kernel(parts["language"], kernels.BRANCHES)
         family.splits = True
     if family.windowed and config.attention in ("sdpa", "flex"):
-        _use(parts["vision"], kernels.SEGMENTS)
+        use_kernel(parts["vision"], kernels.SEGMENTS)
 
 
-def _use(parts: Sequence[nn.Module | nn.Parameter], kernel: str) -> None:
+def use_kernel(parts: Sequence[nn.Module | nn.Parameter], kernel: str) -> None:
+    """Let every module of some parts run an attention kernel that transformers knows by this name."""
     for part in parts:
         for module in part.modules() if isinstance(part, nn.Module) else ():
             settings = vars(module).get("config")
