@@ -25,7 +25,7 @@ ARMS: Mapping[str, Sequence[str]] = {
     "dpo": (),
     "clip": ("users.encoder=clip", CLIP),
     "vlm": ("users.encoder=vlm_difference", VLM),
-    "profile": ("users.encoder=vlm", "users.new_tokens=16", VLM),
+    "profile": ("users.encoder=vlm", "users.new_tokens=16", "users.instructions=Describe.", VLM),
     "table": ("users.source=table",),
     "prototypes": ("users.source=prototypes",),
 }

@@ -9,11 +9,13 @@ from typing import Any
 
 from mmalign.errors import ConfigError, DataError, ModelError
 from mmalign.experiment.prompts import read_prompts
-from mmalign.experiment.settings import Experiment, ExperimentConfig, LoraConfig, load_experiment
+from mmalign.experiment.settings import Experiment, ExperimentConfig, LoraConfig, UserTuningConfig, load_experiment
 from mmalign.experiment.trackers import require_trackers
+from mmalign.experiment.users import adapter_settings, names_of, users_of
 from mmalign.models.diffusion import FAMILIES
 from mmalign.models.diffusion.base import DTYPES, FamilyConfig
 from mmalign.models.diffusion.folder import FolderFamily
+from mmalign.models.users.adapter import size_of
 from mmalign.trainers import METHODS
 
 GIB = 2**30
@@ -62,9 +64,14 @@ def _files(config: ExperimentConfig) -> list[str]:
 
                 open_domains(config.data.manifest).rows("learn")
             else:
-                problems += _scores(config, data.open_table(config.data.manifest).rewards)
+                table = data.open_table(config.data.manifest)
+                problems += _scores(config, table.rewards)
+                if users_of(config) is not None:
+                    names_of(table)
         except DataError as error:
             problems.append(f"data.manifest: {error}")
+        except ConfigError as error:
+            problems += error.problems
     if config.evaluate.prompts is not None:
         try:
             read_prompts(config.evaluate.prompts)
@@ -127,23 +134,28 @@ def _estimate(config: ExperimentConfig) -> list[str]:
     flops = _forward_flops(network, family, values)
     base = sum(parameter.numel() for parameter in network.parameters())
     width = torch.finfo(DTYPES[config.model.model_dump()["dtype"]]).bits // 8
-    if isinstance(config.tuning, LoraConfig):
+    added = size_of(network, adapter_settings(config)) if users_of(config) is not None else 0
+    if isinstance(config.tuning, UserTuningConfig):
+        learned = added
+        weights = base * width + added * 4
+    elif isinstance(config.tuning, LoraConfig):
         tuning = config.tuning
         targets = lora_targets(family, tuning)
         with torch.device("meta"):
             attach_lora(network, rank=tuning.rank, alpha=1.0, targets=targets)
-        learned = trainable(network).parameters
+        learned = trainable(network).parameters + added
         weights = base * width + learned * 4
     else:
-        learned = base
-        weights = base * 4
+        learned = base + added
+        weights = learned * 4
+    full = not isinstance(config.tuning, LoraConfig | UserTuningConfig)
     copies = base * width if config.reference_name == "copy" else 0
     training = learned * (4 + OPTIMIZER_BYTES[config.optim.name] + (4 if config.optim.ema_decay else 0))
     asked = config.reference_name not in ("none", "precomputed")
     passes = 2 * (3 + asked + config.model.model_dump()["gradient_checkpointing"])
     rows = config.optim.batch_size * config.optim.accumulate
     return [
-        f"trained    {learned:,} of {base + (learned if weights != base * 4 else 0):,} parameters",
+        f"trained    {learned:,} of {learned if full else base + learned:,} parameters",
         f"memory     {(weights + copies + training) / GIB:.2f} GiB for weights, reference, gradients and optimiser, "
         "activations not counted",
         f"compute    {passes * flops / 1e12:.3f} TFLOP a pair, {passes * flops * rows / 1e12:.2f} TFLOP a step and process "

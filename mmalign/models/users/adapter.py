@@ -133,6 +133,11 @@ class UserAdapter(nn.Module):
         found = self.tokens(*users)
         name = KWARGS[type(network).__name__]
         if name is None:
+            if torch.is_grad_enabled() and getattr(network, "gradient_checkpointing", False):
+                raise ModelError(
+                    f"{type(network).__name__} hands nothing down to its attention, so activation checkpointing would recompute "
+                    f"without the user; switch it off"
+                )
             self.held = found
         else:
             kwargs[name] = {**(kwargs.get(name) or {}), HANDED: found}
@@ -202,6 +207,15 @@ def attach(network: nn.Module, settings: AdapterSettings, *, seed: int = 0) -> U
     network.register_forward_hook(adapter.after_forward)
     network.save_pretrained = adapter.refuse_saving  # type: ignore[assignment]
     return adapter
+
+
+def size_of(network: nn.Module, settings: AdapterSettings) -> int:
+    """Weights of the adapter that a network would get; the network may have no storage."""
+    width, dim, rows = _width(network), settings.dim, settings.rows
+    layers = sum(2 * width * int(part.to_q.out_features) for part in sites(network).values())
+    learned = settings.users * settings.prototypes + settings.prototypes * rows * dim if settings.prototypes else (
+        settings.users * rows * dim)  # fmt: skip
+    return layers + (dim + 1) * dim + (dim + 1) * width + 2 * width + rows * dim + learned
 
 
 def adapter_of(network: nn.Module) -> UserAdapter | None:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from mmalign import rng
+from mmalign import assets, rng
 from mmalign.errors import ModelError
 from mmalign.media import open_image, read_bytes
 from mmalign.models.users.settings import UsersConfig
@@ -64,6 +64,14 @@ def embed(encoder: SupportEncoder, records: Sequence[PairRecord]) -> Tensor:
     return encoder([list(records)])[0]
 
 
+def place_of(settings: UsersConfig) -> str:
+    """The encoder's path; one that starts with ``assets/`` and is not there is looked up among the embedded assets."""
+    path = Path(str(settings.path))
+    if not path.exists() and path.parts[:1] == ("assets",):
+        return str(assets.path(str(Path(*path.parts[1:]))))
+    return str(settings.path)
+
+
 def shape_of(settings: UsersConfig) -> tuple[int, int]:
     """(rows, dim) of an embedding, from the encoder's settings alone: no weights are read.
 
@@ -74,11 +82,11 @@ def shape_of(settings: UsersConfig) -> tuple[int, int]:
         return settings.rows, settings.dim
     from transformers import AutoConfig
 
-    path = str(settings.path)
+    path = place_of(settings)
     config: Any = _read(path, lambda: AutoConfig.from_pretrained(path))
     if settings.encoder == "clip":
         vision = getattr(config, "vision_config", config)
-        if "projection_dim" not in vision.to_dict():
+        if config.model_type not in ("clip", "clip_vision_model"):
             raise ModelError(f"users.path: {path} holds a '{config.model_type}' model; encoder 'clip' reads a CLIP vision tower")
         return 1, 3 * int(vision.hidden_size)
     if not hasattr(config, "vision_config"):
@@ -111,8 +119,8 @@ class ClipDifference:
     def __init__(self, settings: UsersConfig, device: torch.device) -> None:
         from transformers import CLIPImageProcessor, CLIPVisionModel
 
-        path = str(settings.path)
-        self.path, self.device = path, device
+        path = place_of(settings)
+        self.device = device
         self.processor = _read(path, lambda: CLIPImageProcessor.from_pretrained(path))
         self.network = _read(path, lambda: _complete(CLIPVisionModel, path)).to(device).eval().requires_grad_(False)
         self.shape = (1, 3 * int(self.network.config.hidden_size))
@@ -147,13 +155,14 @@ class _VlmReader:
         from mmalign.models.vlm.base import VlmConfig, VlmFamily
 
         self.settings, self.device = settings, device
-        self.family = VlmFamily.load(VlmConfig(path=str(settings.path)), device=device)
+        self.family = VlmFamily.load(VlmConfig(path=place_of(settings)), device=device)
         self.network: Any = self.family.network.requires_grad_(False)
         text = self.family.text_config
         self.shape = (int(text.num_hidden_layers) + 1, int(text.hidden_size))
 
     def fingerprint(self) -> Mapping[str, Any]:
-        return {"encoder": self.name, "version": 1, "weights": _hash(self.network), "new_tokens": self.settings.new_tokens}
+        asked = {"new_tokens": self.settings.new_tokens, "instructions": self.settings.instructions}
+        return {"encoder": self.name, "version": 1, "weights": _hash(self.network), **(asked if self.name == "vlm" else {})}
 
     def _inputs(self, content: Sequence[Mapping[str, str]], pictures: Sequence[Any]) -> Any:
         """One prompt of text and pictures as the model reads it."""
@@ -166,12 +175,6 @@ class _VlmReader:
         """Hidden states of the last token, all layers. ``[L + 1, d]``"""
         layers = self.network(**inputs, output_hidden_states=True, use_cache=False).hidden_states
         return torch.stack([layer[0, -1] for layer in layers]).float().cpu()
-
-
-TASK = (
-    "One person preferred one picture of each of these pairs. Describe both pictures of each pair, say how they differ in style, "
-    "quality and aesthetics, and end with a profile of this person's taste."
-)
 
 
 class VlmProfile(_VlmReader):
@@ -192,11 +195,11 @@ class VlmProfile(_VlmReader):
             both = (record.rejected, record.chosen) if swapped else (record.chosen, record.rejected)
             pictures += [_picture(one) for one in both]
             content += [
-                {"type": "text", "text": f"Pair {number}, caption: {record.prompt}. Picture A:"}, {"type": "image"},
-                {"type": "text", "text": "Picture B:"}, {"type": "image"},
-                {"type": "text", "text": f"The person prefers picture {'B' if swapped else 'A'}."},
+                {"type": "text", "text": f"{number}. {record.prompt} A:"}, {"type": "image"},
+                {"type": "text", "text": "B:"}, {"type": "image"},
+                {"type": "text", "text": f"Preferred: {'B' if swapped else 'A'}."},
             ]  # fmt: skip
-        inputs = self._inputs([*content, {"type": "text", "text": TASK}], pictures)
+        inputs = self._inputs([*content, {"type": "text", "text": self.settings.instructions}], pictures)
         limit = self.family.text_config.to_dict().get("max_position_embeddings")
         length = inputs["input_ids"].shape[1]
         room = self.settings.new_tokens if limit is None else min(self.settings.new_tokens, limit - length)
@@ -219,9 +222,6 @@ class VlmDifference(_VlmReader):
 
     unit: ClassVar[Literal["pair", "support"]] = "pair"
     name = "vlm_difference"
-
-    def fingerprint(self) -> Mapping[str, Any]:
-        return {**super().fingerprint(), "new_tokens": 0}
 
     @torch.no_grad()
     def __call__(self, supports: Sequence[Sequence[PairRecord]]) -> Tensor:

@@ -26,6 +26,11 @@ class UsersConfig(Section):
     """With `encoder: vlm`: most embeddings of a user, from disjoint groups of `shots` pairs."""
     new_tokens: int = 1024
     """With `encoder: vlm`: most tokens of the description whose last token is the embedding."""
+    instructions: str = (
+        "One person preferred one picture of each of these pairs. Describe both pictures of each pair, say how they differ in "
+        "style, quality and aesthetics, and end with a profile of this person's taste."
+    )
+    """With `encoder: vlm`: what the model is told to do behind the pairs."""
     rows: int = 4
     """With `table` and `prototypes`: tokens of a user."""
     dim: int = 64
