@@ -1,248 +1,225 @@
-"""Selectivity of learned freeze masks in the embedded world, against random masks of equal share and one-shot saliency.
+"""Selectivity of learned freeze masks in the embedded world, against random masks and one-shot saliency of equal share.
 
-python benchmarks/freezing_selectivity.py                 # runs what is missing, then prints the tables
-python benchmarks/freezing_selectivity.py --print         # prints what is there
+    python benchmarks/freezing_selectivity.py --jobs 2          # chooses the weight on validation domains, measures, prints
+    python benchmarks/freezing_selectivity.py --print           # prints what is there
+    python benchmarks/freezing_selectivity.py --only choose --jobs 16          # a part; results are files below --out
+    python benchmarks/freezing_selectivity.py --only measure --seeds 0                   # one seed
 
-Masks are learnt on one half of the persons and patterns of assets/tiny-domains; users fine-tune on, and are scored on, the
-other half. Per seed and ratio: the learned mask, `--matched` random masks with as many tensors and as many parameters
-frozen, and the saliency mask with as many tensors frozen. Every finished arm is a file below --out; a killed run
-continues where it stopped.
+Two parts. `choose` sets how much an innocent user's cost counts, on persons and papers of the split `learn` alone
+(benchmarks/freezing_choice.py has the rule). `measure` learns masks on the split `learn`, lets users fine-tune on other persons
+and papers, and scores them there: per seed and ratio the learned mask; saliency masks with as many tensors, and with as many
+parameters, frozen; and random masks with as many of both. Every finished arm is a file below --out, so that a killed run
+continues where it stopped, and arms can be computed apart, on several machines.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import freezing_choice as choice
 import numpy as np
-import torch
+from freezing_study import Scheme, World, held_out, validation
+from freezing_tables import Arm, echo, sweep, tables
 
-from mmalign.engine.settings import OptimConfig
-from mmalign.evaluate_guard.bench import GuardBench
-from mmalign.evaluate_guard.measures import Effect, effect, interval
-from mmalign.experiment.assembly import load_family
-from mmalign.experiment.folder import write_json
-from mmalign.experiment.running import train_experiment
-from mmalign.experiment.settings import load_experiment
+from mmalign.errors import MmalignError
 from mmalign.freezing import FreezeMask
-from mmalign.freezing.baselines import matched_random
-from mmalign.freezing.masked import ROLES
-from mmalign.freezing.relaxation import chance_jaccard, jaccard, mean_jaccard, top_names
-from mmalign.statistics import Interval
 
-CONFIG = "configs/tiny/freeze_as_guard.yaml"
-USER = {"lr": 5e-4, "steps": 30, "batch_size": 8, "weight_decay": 0.0}
+HERE = Path(__file__).resolve()
 
 
-class Study:
-    """All arms, each computed once."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments, self.out = arguments, Path(arguments.out)
-        self.user = OptimConfig(**{**USER, "steps": arguments.user_steps})
-        self.bench: GuardBench | None = None
-
-    # Masks
-
-    def mask(self, seed: int, *, ratio: float, more: tuple[str, ...] = (), name: str) -> FreezeMask:
-        """The mask of a run of mask learning, run if it is not there."""
-        folder = self.out / "masks" / f"{name}-seed{seed}"
-        if not (folder / "export" / "freeze_mask.json").is_file():
-            overrides = [f"method.ratio={ratio}", f"run.seed={seed}", f"run.out={folder}", *more]
-            train_experiment(load_experiment(CONFIG, overrides), resume=True, page=False)
-        return FreezeMask.load(folder / "export" / "freeze_mask.json")
-
-    def masks(self, seed: int, ratio: float) -> dict[str, FreezeMask]:
-        """Every mask that is compared in one cell."""
-        weight = self.arguments.innocent_weight
-        other = () if weight is None else (f"method.innocent_weight={weight}",)
-        learned = self.mask(seed, ratio=ratio, name=f"learned-{ratio}", more=other)
-        one_shot = ("scheme=saliency", "users=joint", "episode=0", "innocent_weight=1.0")
-        more = (*(f"method.{setting}" for setting in one_shot), "optim.steps=60")
-        saliency = self.mask(seed, ratio=0.3, name="saliency", more=more)
-        scores = {name: entry.score for name, entry in saliency.tensors.items()}
-        found = {"learned": learned, "saliency": _with(saliency, top_names(scores, ratio))}
-        sizes = {name: entry.parameters for name, entry in learned.tensors.items()}
-        for number in range(self.arguments.matched):
-            names = matched_random(
-                sizes, count=len(learned.frozen), share=learned.ratio["parameters"], seed=100 * seed + number
-            )
-            found[f"random-{number}"] = _with(learned, names)
-        return found
-
-    # Arms
-
-    def _bench(self) -> GuardBench:
-        if self.bench is None:
-            config = load_experiment(CONFIG).config
-            family = load_family(config, torch.device("cpu"))
-            self.bench = GuardBench(family, config.data.manifest, side=32, folder=self.out)
-        return self.bench
-
-    def losses(self, name: str, mask: FreezeMask | None, seed: int, *, steps: int | None = None) -> dict[str, np.ndarray]:
-        """Test losses by role of a user under a mask (None: without); ``base`` is no user at all."""
-        path = self.out / "arms" / f"{name}-seed{seed}.json"
-        if not path.is_file():
-            bench = self._bench()
-            if name == "base":
-                found = bench.base_losses()
-            else:
-                optim = self.user.model_copy(update={"steps": steps or self.user.steps})
-                found = {
-                    role: bench.test_losses(bench.adapt(mask, role, optim=optim, seed=seed).network, role) for role in ROLES
-                }
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {role: values.tolist() for role, values in found.items()})
-            words = ", ".join(f"{role} {values.mean():.4f}" for role, values in found.items())
-            print(f"{name} seed {seed}: {words}", flush=True)
-        return {role: np.array(values) for role, values in json.loads(path.read_text()).items()}
-
-    def cell(self, seed: int, ratio: float) -> dict[str, Effect]:
-        """The effect of every mask of a cell."""
-        base, full = self.losses("base", None, 0), self.losses("full", None, seed)
-        return {
-            name: effect(base, full, self.losses(f"{name}-{ratio}", mask, seed), seed=seed)
-            for name, mask in self.masks(seed, ratio).items()
-        }
-
-    def run(self) -> None:
-        """All cells, seed by seed, so that what is there at any time is whole seeds."""
-        for seed in self.arguments.seeds:
-            for ratio in self.arguments.ratios:
-                found = self.cell(seed, ratio)
-                words = ", ".join(f"{name} {value.selectivity[0]:.3f}" for name, value in found.items())
-                print(f"== seed {seed} ratio {ratio}: selectivity {words}", flush=True)
-
-    # Tables
-
-    def complete(self, ratio: float) -> list[int]:
-        """Seeds whose cell of this ratio is whole."""
-        names = ["learned", "saliency", *(f"random-{number}" for number in range(self.arguments.matched))]
-        return [
-            seed for seed in self.arguments.seeds
-            if all((self.out / "arms" / f"{name}-{ratio}-seed{seed}.json").is_file() for name in names)
-        ]  # fmt: skip
-
-    def tables(self) -> str:
-        """Everything that is finished, as Markdown; also written to results.json."""
-        head = "| ratio | mask | tensors | parameters | block | harm | selectivity | by seed |\n|---|---|---|---|---|---|---|---|"
-        lines, notes, record = [head], [], {}
-        for ratio in self.arguments.ratios:
-            seeds = self.complete(ratio)
-            if not seeds:
-                continue
-            cells = {seed: self.cell(seed, ratio) for seed in seeds}
-            masks = {seed: self.masks(seed, ratio) for seed in seeds}
-            groups = {"learned": ["learned"], "saliency": ["saliency"],
-                      "random, matched": [f"random-{number}" for number in range(self.arguments.matched)]}  # fmt: skip
-            merged = {
-                label: {seed: _mean([cells[seed][name] for name in names]) for seed in seeds} for label, names in groups.items()
-            }
-            for label, by_seed in merged.items():
-                shares = [masks[seed][name].ratio for seed in seeds for name in groups[label]]
-                values = {
-                    key: interval([getattr(by_seed[seed], key) for seed in seeds]) for key in ("block", "harm", "selectivity")
-                }
-                record[f"{label}@{ratio}"] = {key: value.as_dict() for key, value in values.items()}
-                each = ", ".join(f"{by_seed[seed].selectivity[0]:.3f}" for seed in seeds)
-                lines.append(
-                    f"| {ratio:.0%} | {label} | {_share(shares, 'tensors')} | {_share(shares, 'parameters')} | "
-                    + " | ".join(_show(values[key]) for key in ("block", "harm", "selectivity")) + f" | {each} |"
-                )  # fmt: skip
-            notes += self._notes(ratio, seeds, merged, masks, record)
-        write_json(self.out / "results.json", record)
-        return "\n".join([*lines, "", *notes])
-
-    def _notes(self, ratio: float, seeds: list[int], merged: Any, masks: Any, record: dict[str, Any]) -> list[str]:
-        """Differences between arms, stability over seeds, and how much of a mask is its start."""
-        notes = []
-        for label in ("random, matched", "saliency"):
-            gaps = [merged["learned"][seed].selectivity - merged[label][seed].selectivity for seed in seeds]
-            found = interval(gaps)
-            record[f"learned - {label}@{ratio}"] = found.as_dict()
-            notes.append(f"- {ratio:.0%}: learned minus {label}: {_show(found)} over {len(seeds)} seed(s)")
-        names = [masks[seed]["learned"].frozen for seed in seeds]
-        starts = [float(masks[seed]["learned"].recipe["overlap_with_start"]) for seed in seeds]
-        stable = mean_jaccard(names)
-        record[f"stability@{ratio}"] = {"jaccard": stable, "chance": chance_jaccard(ratio), "start": starts}
-        notes.append(
-            f"- {ratio:.0%}: learned masks of different seeds overlap by Jaccard {stable:.2f} (chance "
-            f"{chance_jaccard(ratio):.2f}); with the order they started from {', '.join(f'{value:.2f}' for value in starts)}"
-        )
-        return notes
-
-
-def echo(study: Study, seed: int, ratio: float) -> str:
-    """Is a mask its start? Learn it once more from random scores and compare with both."""
-    plain = study.mask(seed, ratio=ratio, name=f"learned-{ratio}").frozen
-    random = study.mask(seed, ratio=ratio, name=f"random-start-{ratio}", more=("method.start=random", f"method.mask_seed={seed}"))
-    return (
-        f"- {ratio:.0%}, seed {seed}, started from random scores: Jaccard {random.recipe['overlap_with_start']:.2f} with its own "
-        f"start, {jaccard(random.frozen, plain):.2f} with the mask learned from equal scores (chance {chance_jaccard(ratio):.2f})"
+def schemes(record: dict[str, Any], ratio: float) -> dict[str, Scheme]:
+    """Learned and saliency scores with the weights that were chosen, and saliency with the weight 1 of its definition."""
+    learned, tuned = (
+        Scheme(name=name, weight=round(choice.RULES[record[name]["chosen"]](ratio), 6)) for name in choice.SCHEMES
     )
+    return {"learned": learned, "tuned": tuned, "saliency": Scheme(name="saliency", weight=1.0)}
 
 
-def sweep(study: Study, seed: int, ratio: float, steps: list[int]) -> str:
-    """Does the effect last when the user trains for longer?"""
-    masks, lines = study.masks(seed, ratio), []
-    for number in steps:
-        base = study.losses("base", None, 0)
-        full = study.losses(f"full-steps{number}", None, seed, steps=number)
-        for name in ("learned", "random-0"):
-            found = effect(base, full, study.losses(f"{name}-{ratio}-steps{number}", masks[name], seed, steps=number), seed=seed)
-            lines.append(
-                f"- {ratio:.0%}, seed {seed}, {number} user steps, {name}: block {_show(interval([found.block]))}, "
-                f"harm {_show(interval([found.harm]))}, selectivity {_show(interval([found.selectivity]))}"
-            )
-    return "\n".join(lines)
+def arms(world: World, record: dict[str, Any], ratio: float, seed: int, matched: int) -> list[Arm]:
+    """Every mask of one cell, made when it is asked for."""
+    of = schemes(record, ratio)
+
+    def learned() -> FreezeMask:
+        return world.scored(of["learned"], ratio=ratio, seed=seed)
+
+    def tensors(name: str) -> Callable[[], FreezeMask]:
+        return lambda: world.by_tensors(of[name], ratio=ratio, seed=seed)
+
+    def share(name: str) -> Callable[[], FreezeMask]:
+        return lambda: world.by_share(of[name], learned(), ratio=ratio, seed=seed)
+
+    def chance(number: int) -> Callable[[], FreezeMask]:
+        return lambda: world.by_chance(learned(), seed=100 * seed + number)
+
+    found = [
+        Arm("learned", f"learned-{ratio:g}", learned),
+        Arm("saliency, as many tensors", f"saliency-tensors-{ratio:g}", tensors("saliency")),
+        Arm("saliency, as many parameters", f"saliency-share-{ratio:g}", share("saliency")),
+        Arm("saliency, weight chosen too, as many tensors", f"tuned-tensors-{ratio:g}", tensors("tuned")),
+        Arm("saliency, weight chosen too, as many parameters", f"tuned-share-{ratio:g}", share("tuned")),
+    ]
+    return found + [Arm("random, as many of both", f"random-{number}-{ratio:g}", chance(number)) for number in range(matched)]
 
 
-def _with(mask: FreezeMask, names: tuple[str, ...]) -> FreezeMask:
-    """The same base under another choice."""
-    from dataclasses import replace
+class Run:
+    """The command's work."""
 
-    chosen = set(names)
-    return replace(mask, tensors={name: replace(entry, frozen=name in chosen) for name, entry in mask.tensors.items()})
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.out = options, Path(options.out)
+        self.world = held_out(self.out, options.user_steps, options.shortened)
+
+    def fold(self, number: int) -> World:
+        """A validation world."""
+        return validation(self.out, number, self.options.user_steps, self.options.shortened)
+
+    def record(self) -> dict[str, Any]:
+        """The choice, from the trials that are there.
+
+        Raises:
+            SystemExit: it is asked for before it was made.
+        """
+        missing = [trial for trial in choice.trials(self.options.ratios) if not self._has(trial)]
+        if missing and self.options.only == "measure":
+            raise SystemExit(f"the choice lacks {len(missing)} trials; run with --only choose first")
+        return choice.choose(self.out, self.options.ratios, self.fold)
+
+    def _has(self, trial: choice.Trial) -> bool:
+        return self.fold(trial.fold).done(trial.name, trial.seed)
+
+    # Jobs: a job is a name; whoever runs it computes one arm.
+
+    def choosing(self) -> Iterator[str]:
+        """First users without a mask, which the others need; then one job per trial."""
+        every = list(choice.trials(self.options.ratios))
+        yield from dict.fromkeys(f"plain:{trial.fold}:{trial.seed}" for trial in every)
+        # Saliency scores serve every ratio: the first job of a weight makes them, the rest come later and find them.
+        ordered = sorted(range(len(every)), key=lambda place: (every[place].scheme.name == "saliency", place))
+        yield from (f"trial:{place}" for place in ordered if not self._has(every[place]))
+
+    def measuring(self) -> Iterator[str]:
+        """Learned masks before those that are matched with them."""
+        yield from (f"plain:held-out:{seed}" for seed in self.options.seeds)
+        record = self.record()
+        for first in (True, False):
+            for seed in self.options.seeds:
+                for ratio in self.options.ratios:
+                    found = arms(self.world, record, ratio, seed, self.options.matched)
+                    for number, arm in enumerate(found):
+                        if (number == 0) == first and not self.world.done(arm.name, seed):
+                            yield f"arm:{seed}:{ratio:g}:{number}"
+
+    def do(self, job: str) -> None:
+        """Compute one job."""
+        kind, *rest = job.split(":")
+        if kind == "plain":
+            (self.world if rest[0] == "held-out" else self.fold(int(rest[0]))).plain(int(rest[1]))
+        elif kind == "trial":
+            trial = list(choice.trials(self.options.ratios))[int(rest[0])]
+            trial.selectivity(self.fold(trial.fold))
+        else:
+            seed, ratio, number = int(rest[0]), float(rest[1]), int(rest[2])
+            arm = arms(self.world, self.record(), ratio, seed, self.options.matched)[number]
+            self.world.losses(arm.name, arm.mask, seed)
+
+    def spread(self, jobs: Sequence[str], arguments: Sequence[str]) -> None:
+        """Jobs one after the other, or each in a process of its own on one thread.
+
+        Raises:
+            SystemExit: one of them failed; the others were finished.
+        """
+        if self.options.jobs == 1:
+            for job in jobs:
+                self.do(job)
+            return
+        alone = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+        def start(job: str) -> int:
+            return subprocess.run([sys.executable, str(HERE), *arguments, "--job", job], env=alone, check=False).returncode
+
+        with ThreadPoolExecutor(self.options.jobs) as pool:
+            failed = [job for job, code in zip(jobs, pool.map(start, jobs), strict=True) if code]
+        if failed:
+            raise SystemExit(f"{len(failed)} of {len(jobs)} jobs failed, the first is {failed[0]}")
+
+    def all(self, arguments: Sequence[str]) -> None:
+        """Both parts, or the one that is asked for."""
+        parts = (("choose", self.choosing), ("measure", self.measuring))
+        for name, listed in parts:
+            if self.options.only in (None, name):
+                # Saliency scores and plain users are needed by several jobs: stages keep two from making the same ones.
+                for stage in stages(list(listed())):
+                    self.spread(stage, arguments)
+
+    def show(self) -> str:
+        """The tables of everything that is finished."""
+        record = self.record()
+        cells = {
+            (ratio, seed): arms(self.world, record, ratio, seed, self.options.matched)
+            for ratio in self.options.ratios for seed in self.options.seeds
+        }  # fmt: skip
+        whole = {key: found for key, found in cells.items() if all(self.world.done(arm.name, key[1]) for arm in found)}
+        return choice.text_of(record) + "\n\n" + tables(self.world, whole, self.options.ratios)
 
 
-def _mean(effects: list[Effect]) -> Effect:
-    return Effect(
-        block=np.mean([found.block for found in effects], axis=0), harm=np.mean([found.harm for found in effects], axis=0)
-    )
+def stages(jobs: list[str]) -> list[list[str]]:
+    """Users without a mask first; then the arms that others are matched with; then the rest."""
+    plain = [job for job in jobs if job.startswith("plain:")]
+    first = [job for job in jobs if job.startswith("arm:") and job.endswith(":0")]
+    rest = [job for job in jobs if job not in plain and job not in first]
+    return [stage for stage in (plain, first, rest) if stage]
 
 
-def _share(shares: list[dict[str, float]], key: str) -> str:
-    values = [100 * share[key] for share in shares]
-    return f"{min(values):.0f} %" if max(values) - min(values) < 1 else f"{min(values):.0f}-{max(values):.0f} %"
-
-
-def _show(found: Interval) -> str:
-    return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
-
-
-def main() -> None:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/freezing-selectivity")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.3, 0.5])
-    parser.add_argument("--matched", type=int, default=1, help="random masks per seed and ratio")
-    parser.add_argument("--innocent-weight", type=float, help="of mask learning; give each its own --out")
-    parser.add_argument("--user-steps", type=int, default=USER["steps"])
+    parser.add_argument("--matched", type=int, default=2, help="random masks per seed and ratio")
+    parser.add_argument("--user-steps", type=int, default=30)
+    parser.add_argument("--shortened", type=int, default=1, help="divide mask learning by this, to try the path")
+    parser.add_argument("--only", choices=["choose", "measure"], help="one part")
+    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
+    parser.add_argument("--job", help="compute this one job and print nothing else")
     parser.add_argument("--sweep", type=int, nargs="*", default=[], help="further user steps for seed 0 at 30 %%")
     parser.add_argument("--echo", action="store_true", help="also learn one mask from random scores")
     parser.add_argument("--print", action="store_true", help="compute nothing new")
-    arguments = parser.parse_args()
-    study = Study(arguments)
-    if not arguments.print:
-        study.run()
-    print(study.tables())
-    if arguments.echo:
-        print(echo(study, 0, 0.3))
-    if arguments.sweep:
-        print(sweep(study, 0, 0.3, arguments.sweep))
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing, then print."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parse(given)
+    run = Run(options)
+    try:
+        if options.job is not None:
+            run.do(options.job)
+            return 0
+        if not options.print:
+            run.all(given)
+        if options.only == "choose":
+            print(choice.text_of(run.record()))
+            return 0
+        print(run.show())
+        if options.echo:
+            print(echo(run.world, schemes(run.record(), 0.3)["learned"], 0, 0.3))
+        if options.sweep:
+            found = arms(run.world, run.record(), 0.3, 0, options.matched)
+            print(sweep(run.world, [found[0], found[2], found[-1]], 0, 0.3, options.sweep))
+    except MmalignError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    np.seterr(all="raise", under="ignore")
+    sys.exit(main())

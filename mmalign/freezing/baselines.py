@@ -1,4 +1,4 @@
-"""Masks that nothing was learnt for: random ones, random ones of a wanted parameter share, and attention only."""
+"""Masks that nothing was learnt for: random ones, attention only; and masks of a wanted parameter share, random or by score."""
 
 from __future__ import annotations
 
@@ -23,6 +23,21 @@ def attention_scores(shapes: Mapping[str, Sequence[int]], *, seed: int) -> dict[
     rank = {"cross-attention": 2.0, "self-attention": 1.0}
     draws = random_scores(list(shapes), seed=seed)
     return {name: rank.get(kind(name, len(shape)), 0.0) + draws[name] for name, shape in shapes.items()}
+
+
+def matched_scored(scores: Mapping[str, float], sizes: Mapping[str, int], *, share: float) -> tuple[str, ...]:
+    """The highest scored tensors that together hold `share` of the parameters, to within `TOLERANCE` where they can.
+
+    The ranking is gone through from the top (ties by name), and a tensor that would lead beyond the share is left out. How many
+    tensors that makes is what it makes.
+    """
+    total, held, chosen = sum(sizes.values()), 0, []
+    for name in sorted(scores, key=lambda name: (-scores[name], name)):
+        if held + sizes[name] <= (share + TOLERANCE) * total:
+            held, chosen = held + sizes[name], [*chosen, name]
+        if held >= (share - TOLERANCE) * total:
+            break
+    return tuple(sorted(chosen))
 
 
 def matched_random(sizes: Mapping[str, int], *, count: int, share: float, seed: int) -> tuple[str, ...]:

@@ -1,0 +1,72 @@
+"""The selectivity benchmark at sizes where its figures mean nothing: what is validated on, the rule of the choice, every arm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import freezing_choice as choice
+import freezing_selectivity
+import pytest
+from freezing_study import DOMAINS, FOLDS, Scheme, validation
+
+from mmalign.data.domains import open_domains
+from mmalign.freezing.baselines import TOLERANCE, matched_scored
+
+
+def test_validation_shares_nothing_with_the_report(tmp_path: Path) -> None:
+    splits = ("learn", "adapt", "test")
+    reported = open_domains(DOMAINS, progress=False)
+    judged = {reported[row].domain for split in splits[1:] for rows in reported.rows(split).values() for row in rows}
+    for fold, (learnt, validated) in enumerate(FOLDS):
+        table = open_domains(validation(tmp_path, fold, 1).manifest, progress=False)
+        found = {split: {table[row].domain for rows in table.rows(split).values() for row in rows} for split in splits}
+        assert found == {"learn": learnt, "adapt": validated, "test": validated}
+        assert not (learnt | validated) & judged and not learnt & validated
+    assert set().union(*(learnt for learnt, _ in FOLDS)) == {"ann", "bob", "cai", "dov", "dots", "rows", "slant"}
+
+
+def test_the_highest_mean_wins_and_caution_breaks_ties(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # ratio 0.3: weights 1, .5, .2, .6, .3, .2, .1 in the order of the rules
+    values = {1.0: 0.10, 0.5: 0.296, 0.2: 0.30, 0.6: 0.2, 0.3: 0.1, 0.1: 0.2}
+    monkeypatch.setattr(choice.Trial, "selectivity", lambda self, world: values[self.scheme.weight])
+    found = choice.choose(tmp_path, [0.3], lambda fold: None)  # type: ignore[arg-type, return-value]
+    assert found["learned"]["chosen"] == found["saliency"]["chosen"] == "1/2"  # within the tie of 1/5, and before it
+    values[0.5] = 0.29
+    assert choice.choose(tmp_path, [0.3], lambda fold: None)["learned"]["chosen"] == "1/5"  # type: ignore[arg-type, return-value]
+    assert json.loads((tmp_path / "choice.json").read_text())["learned"]["means"]["2/3 x ratio"] == 0.30
+
+
+def test_every_weight_is_tried_once() -> None:
+    every = list(choice.trials([0.1, 0.3, 0.5]))
+    assert len(set(every)) == len(every) == 2 * 2 * (6 + 6 + 5)
+    assert {trial.scheme.weight for trial in every if trial.ratio == 0.5} == {1.0, 0.5, 0.2, 0.333333, 0.166667}
+
+
+def test_share_is_met_from_the_top() -> None:
+    """Of 1000 parameters 300 are wanted: the second does not fit, the others do."""
+    sizes = {"a": 200, "b": 500, "c": 90, "d": 100, "e": 10, "f": 100}
+    scores = {"a": 6.0, "b": 5.0, "c": 4.0, "d": 3.0, "e": 2.0, "f": 1.0}
+    assert matched_scored(scores, sizes, share=0.3) == ("a", "c", "e")
+    assert TOLERANCE < 0.01
+
+
+@pytest.mark.slow
+def test_every_arm_runs_and_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(choice, "RULES", {"1": lambda ratio: 1.0})
+    common = ["--out", str(tmp_path), "--seeds", "0", "--ratios", "0.3", "--user-steps", "1", "--shortened", "15"]
+    common += ["--matched", "1"]
+    assert freezing_selectivity.main(common) == 0
+    printed = capsys.readouterr().out
+    for label in ("learned", "saliency, as many tensors", "saliency, as many parameters", "random, as many of both"):
+        assert f"| 30% | {label} |" in printed and (label == "learned" or f"learned minus {label}" in printed)
+    arms = {file.stem: json.loads(file.read_text())["ratio"] for file in (tmp_path / "held-out" / "arms").glob("*.json")}
+    gap = arms["learned-0.3-seed0"]["parameters"] - arms["saliency-share-0.3-seed0"]["parameters"]
+    assert abs(gap) <= TOLERANCE and arms["learned-0.3-seed0"]["tensors"] == arms["saliency-tensors-0.3-seed0"]["tensors"]
+    before = sorted(file.stat().st_mtime for file in tmp_path.rglob("*.json"))
+    freezing_selectivity.main([*common, "--print"])
+    assert capsys.readouterr().out == printed[printed.index("| scheme |") :]
+    assert len(before) == len(list(tmp_path.rglob("*.json")))
+    assert Scheme(name="saliency", weight=1.0).key(0.1) == Scheme(name="saliency", weight=1.0).key(0.5)
