@@ -31,10 +31,12 @@ def matched_scored(scores: Mapping[str, float], sizes: Mapping[str, int], *, sha
     The ranking is gone through from the top (ties by name), and a tensor that would lead beyond the share is left out. How many
     tensors that makes is what it makes.
     """
-    total, held, chosen = sum(sizes.values()), 0, []
+    total, held = sum(sizes.values()), 0
+    chosen: list[str] = []
     for name in sorted(scores, key=lambda name: (-scores[name], name)):
         if held + sizes[name] <= (share + TOLERANCE) * total:
-            held, chosen = held + sizes[name], [*chosen, name]
+            held += sizes[name]
+            chosen.append(name)
         if held >= (share - TOLERANCE) * total:
             break
     return tuple(sorted(chosen))
