@@ -11,6 +11,7 @@ import typer
 from mmalign.cli.engine import Engine, Gpus
 
 if TYPE_CHECKING:
+    from mmalign.media import Colours
     from mmalign.scoring.output import Report
 
 _COMMA = "comma-separated"
@@ -70,6 +71,8 @@ def score(
         int,
         typer.Option(min=0, help="First score this many rows in fp32 too, and stop if --dtype moves scores too far."),
     ] = 0,
+    alpha: Annotated[str, typer.Option(help="Transparent pictures: over white, over black, or drop the alpha.")] = "white",
+    exif: Annotated[bool, typer.Option(help="Apply the rotation that a camera wrote.")] = True,
     compile: Annotated[bool, typer.Option("--compile", help="Run image encoders through torch.compile.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first rows.")] = None,
     resume: Annotated[bool, typer.Option(help="Reuse finished parts of an earlier run.")] = True,
@@ -96,7 +99,7 @@ def score(
         workers=workers or max(1, default_workers() // processes),
         resume=resume, local_files_only=local_files_only, compile=compile,
         ensembles=tuple(parse_ensemble(item) for item in ensemble or []), precision_check=precision_check,
-        embeddings=str(embeddings) if embeddings else None,
+        embeddings=str(embeddings) if embeddings else None, colours=_colours(alpha, exif),
     )  # fmt: skip
     with _Bar() as bar:
         report, seconds = timed(job, processes=processes, command=" ".join(sys.argv), progress=bar,
@@ -118,6 +121,16 @@ def _revisions(items: list[str] | None, names: tuple[str, ...], paths: dict[str,
             why = "its weights are local (--path)" if name in paths else f"--reward lists {', '.join(names)}"
             raise DataError(f"--revision {name}={revisions[name]}: {why}")
     return revisions
+
+
+def _colours(alpha: str, exif: bool) -> Colours:
+    from mmalign.errors import DataError
+    from mmalign.media import Colours
+
+    try:
+        return Colours(alpha=alpha, exif=exif)
+    except ValueError as error:
+        raise DataError(f"--{error}") from error
 
 
 def _by_name(items: list[str] | None, option: str, value: str) -> dict[str, str]:

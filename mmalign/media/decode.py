@@ -2,7 +2,8 @@
 
 The header's size is checked before any pixel is decoded. Colour policy: alpha is composited over white, 16-bit grey values
 are divided by 257 and rounded, 16-bit colours are what Pillow makes of them (the high byte), CMYK and palettes are converted,
-EXIF rotation is applied; embedded colour profiles are not. Each of these is recorded as a flag. Not for video.
+EXIF rotation is applied (`Colours` has other ways for alpha and rotation); embedded colour profiles are not. Each of these is
+recorded as a flag. Not for video.
 """
 
 from __future__ import annotations
@@ -27,8 +28,34 @@ from mmalign.media.sniff import JPEG, PNG, TIFF, Kind, describe_foreign, image_k
 if TYPE_CHECKING:
     from mmalign.types import ImageRef
 
-COLOUR_POLICY: Final = "alpha-over-white,16bit-grey-rounded,16bit-colour-high-byte,cmyk-naive,exif-applied,icc-ignored"
-"""Name of the policy, for cache fingerprints."""
+ALPHAS: Final = ("white", "black", "drop")
+"""Composited over white or black, or left out (what plain RGB conversion does: colours of transparent pixels appear)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Colours:
+    """What becomes of transparency and of rotation tags; everything else is fixed."""
+
+    alpha: str = "white"
+    """One of `ALPHAS`."""
+    exif: bool = True
+    """Whether the rotation that a camera wrote is applied."""
+
+    def __post_init__(self) -> None:
+        if self.alpha not in ALPHAS:
+            raise ValueError(f"alpha is one of {', '.join(ALPHAS)}; got {self.alpha!r}")
+
+    @property
+    def name(self) -> str:
+        """For cache fingerprints and records."""
+        alpha = "alpha-dropped" if self.alpha == "drop" else f"alpha-over-{self.alpha}"
+        exif = "exif-applied" if self.exif else "exif-ignored"
+        return f"{alpha},16bit-grey-rounded,16bit-colour-high-byte,cmyk-naive,{exif},icc-ignored"
+
+
+PLAIN: Final = Colours()
+COLOUR_POLICY: Final = PLAIN.name
+"""Of everything that does not ask for another."""
 
 ORIENTATION_TAG: Final = 0x0112
 _TRANSPOSE = {
@@ -40,6 +67,11 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_BACK = {
+    Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270,
+    Image.Transpose.ROTATE_270: Image.Transpose.ROTATE_90,
+}
+"""What undoes a turn; the others undo themselves."""
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
                   RuntimeError, struct.error, zlib.error, Image.DecompressionBombError)  # fmt: skip
 
@@ -103,11 +135,14 @@ def read_bytes(ref: ImageRef | str | Path | bytes, limits: Limits = DEFAULT) -> 
     return _read_file(Path(ref.path), limits, source), source
 
 
-def decode_image(data: bytes, limits: Limits = DEFAULT, *, source: str = "", keep_stored: bool = False) -> Decoded:
+def decode_image(
+    data: bytes, limits: Limits = DEFAULT, *, source: str = "", keep_stored: bool = False, colours: Colours = PLAIN
+) -> Decoded:
     """Fully decode the bytes of one picture. Raises as `open_image` does.
 
     Args:
         keep_stored: also return the picture before colour conversion, for preprocessing that resizes first.
+        colours: what becomes of transparency and rotation tags.
     """
     if not data:
         raise MediaError(reason="empty_image", detail="zero bytes", source=source)
@@ -120,7 +155,9 @@ def decode_image(data: bytes, limits: Limits = DEFAULT, *, source: str = "", kee
                 _check_size(image.size, limits, source)
                 rotated = _stored_rotation(image)
                 image.load()
-                return _finish(image, data, kind, ["exif_rotated"] if rotated else [], keep_stored)
+                undone = rotated if not colours.exif else None
+                flags = ["exif_rotated"] if rotated is not None and colours.exif else []
+                return _finish(image, data, kind, flags, keep_stored, colours, undone)
         except (MediaError, MemoryError):
             raise
         except _Unsupported as error:
@@ -129,9 +166,9 @@ def decode_image(data: bytes, limits: Limits = DEFAULT, *, source: str = "", kee
             raise MediaError(reason=_classify(error, data, kind), detail=_words(error), source=source) from error
 
 
-def stored_to_rgb(image: Image.Image) -> Image.Image:
-    """`Decoded.stored`, resized or cropped meanwhile, to RGB under the one colour policy."""
-    return _colours(image, [])
+def stored_to_rgb(image: Image.Image, colours: Colours = PLAIN) -> Image.Image:
+    """`Decoded.stored`, resized or cropped meanwhile, to RGB under the same policy."""
+    return _colours(image, [], colours.alpha)
 
 
 class _Unsupported(Exception):
@@ -200,19 +237,22 @@ def strict_decoding() -> Iterator[None]:
                 _tolerance_saved = False
 
 
-def _stored_rotation(image: Image.Image) -> bool:
-    # Pillow rotates TIFF itself while loading and forgets the tag; every other format is rotated by `_finish`.
-    return isinstance(image, TiffImageFile) and image.tag_v2.get(ORIENTATION_TAG, 1) in _TRANSPOSE
+def _stored_rotation(image: Image.Image) -> Image.Transpose | None:
+    """How Pillow will turn a TIFF while loading it, after which it forgets the tag; all other formats are left to `_finish`."""
+    return _TRANSPOSE.get(image.tag_v2.get(ORIENTATION_TAG, 1)) if isinstance(image, TiffImageFile) else None
 
 
-def _finish(image: Image.Image, data: bytes, kind: Kind, flags: list[str], keep_stored: bool) -> Decoded:
+def _finish(
+    image: Image.Image, data: bytes, kind: Kind, flags: list[str], keep_stored: bool, colours: Colours,
+    undone: Image.Transpose | None,
+) -> Decoded:  # fmt: skip
     if kind is PNG and data[24:25] == b"\x10":
         flags.append("16bit")
     plain = image.mode == "RGB" and kind in (JPEG, PNG) and "transparency" not in image.info
     # Copying holds Python's lock for longer than decoding takes a thread, so what is RGB already is handed on as it is.
-    rgb = image if plain else _colours(image, flags)
+    rgb = image if plain else _colours(image, flags, colours.alpha)
     stored = _stored(image) if keep_stored else None
-    method = _rotation(image, flags)
+    method = _rotation(image, flags) if colours.exif else _BACK.get(undone, undone) if undone is not None else None
     if method is not None:
         rgb, stored = rgb.transpose(method), None if stored is None else stored.transpose(method)
     elif plain:
@@ -239,7 +279,7 @@ def _stored(image: Image.Image) -> Image.Image | None:
     return None if mode == "RGB" else image.copy()
 
 
-def _colours(image: Image.Image, flags: list[str]) -> Image.Image:
+def _colours(image: Image.Image, flags: list[str], alpha: str) -> Image.Image:
     mode = image.mode
     if mode.startswith("I"):
         return _from_integers(image, flags)
@@ -252,18 +292,21 @@ def _colours(image: Image.Image, flags: list[str]) -> Image.Image:
     elif mode == "CMYK":
         flags.append("cmyk")
     if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        return _over_white(image, flags)
+        return _without_alpha(image, flags, alpha)
     return image.copy() if mode == "RGB" else image.convert("RGB")
 
 
-def _over_white(image: Image.Image, flags: list[str]) -> Image.Image:
+def _without_alpha(image: Image.Image, flags: list[str], alpha: str) -> Image.Image:
     # Pillow converts premultiplied modes only to their plain twin.
     plain = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode]) if image.mode in ("La", "RGBa") else image
     rgba = plain if plain.mode == "RGBA" else plain.convert("RGBA")
     if rgba.getchannel("A").getextrema() != (255, 255):
         flags.append("alpha")
-    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, rgba).convert("RGB")
+    if alpha == "drop":
+        # Alpha is taken off by hand: converting would let transparency that is only declared paint over pixels.
+        return Image.merge("RGB", rgba.split()[:3])
+    ground = Image.new("RGBA", rgba.size, (255, 255, 255, 255) if alpha == "white" else (0, 0, 0, 255))
+    return Image.alpha_composite(ground, rgba).convert("RGB")
 
 
 def _from_integers(image: Image.Image, flags: list[str]) -> Image.Image:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmalign.media import DEFAULT, Limits
+from mmalign.media import DEFAULT, PLAIN, Colours, Limits
 from mmalign.rewards.base import Backend, Details, DirectBackend, EncodingBackend, Texts, User
 from mmalign.rewards.batching import EncodeEach, batch_for, in_batches, stack_padded
 from mmalign.rewards.errors import InputError, ScoringError
@@ -57,6 +57,7 @@ class Engine:
         workers: threads that read, decode and resize; None: one per core.
         limits: what is too large to decode.
         compile: run image encoders through `torch.compile`, in batches of one fixed size.
+        colours: what becomes of transparency and rotation tags.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Engine:
         workers: int | None = None,
         limits: Limits = DEFAULT,
         compile: bool = False,
+        colours: Colours = PLAIN,
     ) -> None:
         self.backends, self.compile = list(backends), compile
         self.graphs: dict[tuple[str, ...], EncodeEach] = {}
@@ -82,7 +84,7 @@ class Engine:
         self.reader = Reader(
             {backend.preprocess.key: backend.preprocess for backend in encoders},
             keep_image=any(isinstance(backend, DirectBackend) for backend in self.backends),
-            limits=limits, stage=DeviceResize(only) if only.type == "cuda" else None,
+            limits=limits, stage=DeviceResize(only) if only.type == "cuda" else None, colours=colours,
         )  # fmt: skip
 
     def run(

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mmalign.media import DEFAULT, Decoded, Limits, MediaError, decode_image, read_bytes
+from mmalign.media import DEFAULT, PLAIN, Colours, Decoded, Limits, MediaError, decode_image, read_bytes
 from mmalign.media.decode import strict_decoding
 from mmalign.rewards.base import User
 from mmalign.rewards.errors import InputError
@@ -33,15 +33,15 @@ class Picture:
     image: Image.Image | None = None
     source: str = ""
 
-    def decode(self, limits: Limits, *, keep_stored: bool = False) -> Decoded:
-        """RGB, upright, with what had to be done to it; `keep_stored` as in `decode_image`.
+    def decode(self, limits: Limits, *, keep_stored: bool = False, colours: Colours = PLAIN) -> Decoded:
+        """RGB, upright, with what had to be done to it; `keep_stored` and `colours` as in `decode_image`.
 
         Raises:
             MediaError: it cannot be decoded.
         """
         if self.image is not None:
-            return _upright_rgb(self.image, limits, self.source, keep_stored)
-        return decode_image(self.data or b"", limits, source=self.source, keep_stored=keep_stored)
+            return _upright_rgb(self.image, limits, self.source, keep_stored, colours)
+        return decode_image(self.data or b"", limits, source=self.source, keep_stored=keep_stored, colours=colours)
 
 
 def as_sequence(images: Any) -> Sequence[Any]:
@@ -173,9 +173,9 @@ def _as_array(entry: Any) -> np.ndarray:
     raise InputError(f"a {type(entry).__name__} is not a picture: give PIL images, paths, bytes, arrays or tensors")
 
 
-def _upright_rgb(image: Image.Image, limits: Limits, source: str, keep_stored: bool) -> Decoded:
+def _upright_rgb(image: Image.Image, limits: Limits, source: str, keep_stored: bool, colours: Colours) -> Decoded:
     """A Pillow image under the same colour and rotation rules as a file."""
-    rotated = image.getexif().get(0x0112, 1) != 1
+    rotated = colours.exif and image.getexif().get(0x0112, 1) != 1
     if image.mode == "RGB" and "transparency" not in image.info:
         # A fresh image: stale metadata must not reach later code.
         plain = ImageOps.exif_transpose(image) if rotated else image
@@ -188,4 +188,4 @@ def _upright_rgb(image: Image.Image, limits: Limits, source: str, keep_stored: b
         image.save(buffer, format="TIFF" if image.mode == "CMYK" else "PNG", exif=image.getexif())
     except (OSError, ValueError, KeyError) as error:
         raise MediaError(reason="unsupported_format", detail=f"mode {image.mode}: {error}", source=source) from error
-    return decode_image(buffer.getvalue(), limits, source=source, keep_stored=keep_stored)
+    return decode_image(buffer.getvalue(), limits, source=source, keep_stored=keep_stored, colours=colours)

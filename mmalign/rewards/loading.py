@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 
 from mmalign.errors import RewardError
-from mmalign.media import DEFAULT, Limits
+from mmalign.media import DEFAULT, PLAIN, Colours, Limits
 from mmalign.rewards import catalogue as _catalogue  # noqa: F401  (registers the built-in rewards)
 from mmalign.rewards.base import Backend
 from mmalign.rewards.cards import Card
@@ -27,11 +27,12 @@ Paths = str | Path | Mapping[str, str | Path] | None
 @overload
 def load(name: str, path: Paths = None, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
          *, workers: int | None = None, limits: Limits = DEFAULT, local_files_only: bool = False, compile: bool = False,
-         **options: Any) -> Scorer: ...  # fmt: skip
+         colours: Colours = PLAIN, **options: Any) -> Scorer: ...  # fmt: skip
 @overload
 def load(name: Sequence[str], path: Paths = None, device: str | torch.device | None = None,
          dtype: str | torch.dtype | None = None, *, workers: int | None = None, limits: Limits = DEFAULT,
-         local_files_only: bool = False, compile: bool = False, **options: Any) -> ScorerSet: ...  # fmt: skip
+         local_files_only: bool = False, compile: bool = False, colours: Colours = PLAIN,
+         **options: Any) -> ScorerSet: ...  # fmt: skip
 def load(
     name: str | Sequence[str],
     path: Paths = None,
@@ -42,6 +43,7 @@ def load(
     limits: Limits = DEFAULT,
     local_files_only: bool = False,
     compile: bool = False,
+    colours: Colours = PLAIN,
     **options: Any,
 ) -> Scorer | ScorerSet | Ensemble:
     """Load one reward, or several that share decoding, preprocessing and equal encoders.
@@ -54,6 +56,7 @@ def load(
         dtype: precision of the encoders (``fp32``, ``bf16``, ``fp16``); heads and scores are float32 always.
         workers: threads that read, decode and resize; one per core by default.
         compile: run image encoders through `torch.compile`: worth it for many pictures, and needs a compiler.
+        colours: what becomes of transparency and rotation tags, such as ``Colours(alpha="drop", exif=False)``.
         options: of the reward itself, such as ``scale="cosine"``; not with a list.
 
     Raises:
@@ -65,14 +68,14 @@ def load(
         weights = parse_expression(name)
         parts = load(
             list(weights), path, device, dtype, workers=workers, limits=limits, local_files_only=local_files_only,
-            compile=compile,
+            compile=compile, colours=colours,
         )  # fmt: skip
         return Ensemble(parts, weights, normalize="linear", **options)
     if isinstance(name, str):
         if isinstance(path, Mapping):
             path = path.get(name)
         backend = load_backend(name, path, device, dtype, local_files_only=local_files_only, **options)
-        return Scorer(backend, workers=workers, limits=limits, compile=compile)
+        return Scorer(backend, workers=workers, limits=limits, compile=compile, colours=colours)
     if options:
         raise RewardError(f"options ({', '.join(options)}) belong to one reward: load it alone")
     names = list(name)
@@ -85,7 +88,7 @@ def load(
         load_backend(item, (path or {}).get(item), device, dtype, local_files_only=local_files_only, shared=shared)
         for item in names
     ]
-    return ScorerSet(backends, workers=workers, limits=limits, compile=compile)
+    return ScorerSet(backends, workers=workers, limits=limits, compile=compile, colours=colours)
 
 
 def load_backend(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mmalign.media import stored_to_rgb
+from mmalign.media import PLAIN, Colours, stored_to_rgb
 from mmalign.rewards.resample import pass_order, resize_crop_exact
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -55,11 +55,14 @@ class Preprocess:
         """Whether `from_image` wants pictures before colour conversion too."""
         return self.id == "blip_224"
 
-    def from_image(self, image: Image.Image, stored: Image.Image | None = None) -> Tensor:
+    def from_image(
+        self, image: Image.Image, stored: Image.Image | None = None, colours: Colours = PLAIN
+    ) -> Tensor:
         """An RGB picture -> uint8 (crops) or float32 in about [0, 1] (letterbox), ``[3, size, size]``.
 
         Args:
             stored: the same picture in its file's own colours (`Decoded.stored`); None when these are RGB.
+            colours: how `stored` becomes RGB.
         """
         if self.id.startswith("hps"):
             pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float().div_(255)
@@ -70,7 +73,7 @@ class Preprocess:
             cut = source.crop((left, top, left + self.size, top + self.size))
         else:
             cut = _resize_crop(source, resized, (left, top), self.size)
-        return _to_uint8(cut if source is image else stored_to_rgb(cut))
+        return _to_uint8(cut if source is image else stored_to_rgb(cut, colours))
 
     def fits_device(self, stored: tuple[int, int]) -> bool:
         """Whether `from_planes` gives what `from_image` gives for pictures of this size, (width, height)."""

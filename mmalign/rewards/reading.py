@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from mmalign.media import Limits, MediaError
+from mmalign.media import PLAIN, Colours, Limits, MediaError
 from mmalign.rewards.inputs import Picture, read_picture
 from mmalign.rewards.preprocess import Preprocess
 from mmalign.rewards.staging import DeviceResize
@@ -61,12 +61,20 @@ class Reader:
         keep_image: keep the decoded picture too, for rewards that read no pixels.
         limits: what is too large to decode.
         stage: resizes on the encoders' device; None: on the threads.
+        colours: what becomes of transparency and rotation tags.
     """
 
     def __init__(
-        self, rules: Mapping[str, Preprocess], *, keep_image: bool, limits: Limits, stage: DeviceResize | None = None
+        self,
+        rules: Mapping[str, Preprocess],
+        *,
+        keep_image: bool,
+        limits: Limits,
+        stage: DeviceResize | None = None,
+        colours: Colours = PLAIN,
     ) -> None:
         self.rules, self.keep_image, self.limits, self.stage = dict(rules), keep_image, limits, stage
+        self.colours = colours
         self._needs_stored = any(rule.needs_stored for rule in self.rules.values())
 
     def read(self, images: Sequence[Any], start: int, pool: ThreadPoolExecutor) -> Window:
@@ -97,7 +105,7 @@ class Reader:
         if isinstance(picture, MediaError):
             return Loaded(reason=picture.reason, message=str(picture))
         try:
-            decoded = picture.decode(self.limits, keep_stored=self._needs_stored)
+            decoded = picture.decode(self.limits, keep_stored=self._needs_stored, colours=self.colours)
         except MediaError as error:
             return Loaded(reason=error.reason, message=str(error))
         image = decoded.image
@@ -107,6 +115,6 @@ class Reader:
             staged = self.stage(image, self.rules, picture.digest)
         if staged is not None:
             return Loaded(pixels=staged[0], pixel_digests=staged[1], image=kept, flags=decoded.flags)
-        pixels = {key: rule.from_image(image, decoded.stored) for key, rule in self.rules.items()}
+        pixels = {key: rule.from_image(image, decoded.stored, self.colours) for key, rule in self.rules.items()}
         digests = {key: hashlib.blake2b(value.numpy().data, digest_size=16).digest() for key, value in pixels.items()}
         return Loaded(pixels=pixels, pixel_digests=digests, image=kept, flags=decoded.flags)

@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from mmalign.media import DEFAULT, Limits
+from mmalign.media import DEFAULT, PLAIN, Colours, Limits
 from mmalign.rewards.base import Backend, Details, DirectBackend, EncodingBackend, User, UserNote
 from mmalign.rewards.cards import Card
 from mmalign.rewards.engine import Engine
@@ -24,10 +24,16 @@ class Scorer:
     """One loaded reward. Scores are float32 on the CPU, higher is better."""
 
     def __init__(
-        self, backend: Backend, *, workers: int | None = None, limits: Limits = DEFAULT, compile: bool = False
+        self,
+        backend: Backend,
+        *,
+        workers: int | None = None,
+        limits: Limits = DEFAULT,
+        compile: bool = False,
+        colours: Colours = PLAIN,
     ) -> None:
         self.backend = backend
-        self.engine = Engine([backend], workers=workers, limits=limits, compile=compile)
+        self.engine = Engine([backend], workers=workers, limits=limits, compile=compile, colours=colours)
 
     @property
     def name(self) -> str:
@@ -165,9 +171,10 @@ class ScorerSet:
         workers: int | None = None,
         limits: Limits = DEFAULT,
         compile: bool = False,
+        colours: Colours = PLAIN,
     ) -> None:
         self.backends = list(backends)
-        self.engine = Engine(self.backends, workers=workers, limits=limits, compile=compile)
+        self.engine = Engine(self.backends, workers=workers, limits=limits, compile=compile, colours=colours)
 
     @property
     def cards(self) -> dict[str, Card]:
@@ -176,9 +183,9 @@ class ScorerSet:
     def __getitem__(self, name: str) -> Scorer:
         for backend in self.backends:
             if backend.name == name:
-                return Scorer(
-                    backend, workers=self.engine.workers, limits=self.engine.limits, compile=self.engine.compile
-                )
+                engine = self.engine
+                return Scorer(backend, workers=engine.workers, limits=engine.limits, compile=engine.compile,
+                              colours=engine.reader.colours)  # fmt: skip
         raise KeyError(name)
 
     def score(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.errors import DataError
+from mmalign.media import PLAIN, Colours
 from mmalign.scoring.ensembles import EnsembleSpec, checked_ensembles
 from mmalign.scoring.parts import PartKey, PartStore
 from mmalign.scoring.sources import NO_PROMPT, Columns, Row, Source, open_source
@@ -51,6 +52,8 @@ class Job:
     ensembles: tuple[EnsembleSpec, ...] = ()
     embeddings: str | None = None
     """Parquet file for the image embeddings of rewards that have one."""
+    colours: Colours = PLAIN
+    """What becomes of transparency and rotation tags."""
     precision_check: int = 0
     """Rows to score in float32 as well before the run."""
 
@@ -128,6 +131,7 @@ class Worker:
                 job.dtype,
                 workers=job.workers,
                 local_files_only=job.local_files_only,
+                colours=job.colours,
             )
         return self._loaded
 
@@ -136,7 +140,7 @@ class Worker:
         if self._keys is None:
             self._keys = {}
             for name, backend in zip(self.job.rewards, self.scorers().backends, strict=True):
-                facts = identity(backend, compiled=self.job.compile)
+                facts = identity(backend, compiled=self.job.compile, colours=self.job.colours)
                 self._keys[name] = hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(),
                                                    digest_size=12).hexdigest()  # fmt: skip
         return self._keys
@@ -145,7 +149,7 @@ class Worker:
         """A fresh set per part: nothing carried over can make a resumed run differ from an uninterrupted one."""
         from mmalign.rewards import ScorerSet
 
-        made = ScorerSet(backends, workers=self.job.workers, compile=self.job.compile)
+        made = ScorerSet(backends, workers=self.job.workers, compile=self.job.compile, colours=self.job.colours)
         # Compiled and compared once per process, not once per part.
         made.engine.graphs, made.engine.hashes = self._graphs, self._hashes
         return made

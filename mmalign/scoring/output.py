@@ -179,6 +179,7 @@ def _facts(worker: Worker, command: str) -> dict[str, Any]:
         "version": __version__,
         "input": worker.source.fingerprint,
         "command": command,
+        "colours": worker.job.colours.name,
         "rewards": {
             name: {"card": item.card.as_dict(), "record": dict(item.record()), "device": str(item.device)}
             for name, item in backends

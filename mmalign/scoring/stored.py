@@ -20,17 +20,17 @@ from mmalign import __version__
 from mmalign.data.cache import Cache
 from mmalign.data.cachewriter import ShardWriter
 from mmalign.errors import DataError
-from mmalign.media import COLOUR_POLICY, DEFAULT, Limits, MediaError, read_bytes
+from mmalign.media import DEFAULT, PLAIN, Colours, Limits, MediaError, read_bytes
 from mmalign.rewards import Backend, ScorerSet
 from mmalign.types import ImageRef
 
 SHARD_BYTES, SHARD_SECONDS = 64 << 20, 120.0
 
 
-def identity(backend: Backend, *, compiled: bool = False) -> dict[str, Any]:
+def identity(backend: Backend, *, compiled: bool = False, colours: Colours = PLAIN) -> dict[str, Any]:
     """Everything that decides a reward's numbers: card, weights, options, precision, this version."""
     return {
-        "card": backend.card.as_dict(), "record": dict(backend.record()), "version": __version__, "colour": COLOUR_POLICY,
+        "card": backend.card.as_dict(), "record": dict(backend.record()), "version": __version__, "colour": colours.name,
         "compiled": compiled,
     }  # fmt: skip
 
@@ -61,8 +61,10 @@ class StoredScores:
         self.kind = "clip" if embeddings else "scores"
         self.computed = 0
         """(picture, reward) that were computed, not read, since this object was made."""
+        colours = scorers.engine.reader.colours
         self.caches = {
-            backend.name: Cache.open_or_create(root, self.kind, _plain(identity(backend))) for backend in scorers.backends
+            backend.name: Cache.open_or_create(root, self.kind, _plain(identity(backend, colours=colours)))
+            for backend in scorers.backends
         }
         self._writers = {name: self._writer(name) for name in self.caches}
         self._fresh: dict[str, dict[str, Tensor]] = {name: {} for name in self.caches}
@@ -144,7 +146,8 @@ class StoredScores:
             return
         prompts, users = prompts_and_users
         keys, first = list(places), [own[0] for own in places.values()]
-        made = ScorerSet([backend], workers=self.scorers.engine.workers, limits=self.limits)
+        engine = self.scorers.engine
+        made = ScorerSet([backend], workers=engine.workers, limits=self.limits, colours=engine.reader.colours)
         details = made.engine.run(
             [images[place] for place in first], [prompts[place] for place in first], batch_size=batch_size, on_error="nan",
             embeddings=self.embeddings, users=[users[place] for place in first],

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
-from mmalign.media import Limits, MediaError, open_image, to_array
+from mmalign.media import Colours, Limits, MediaError, decode_image, open_image, to_array
+from mmalign.media.decode import ALPHAS
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -190,3 +191,39 @@ def test_corruption_in_the_middle_is_refused() -> None:
     data = bytearray(encoded(noise(64, 64), "PNG"))
     data[len(data) // 2] ^= 0xFF
     assert reason(bytes(data)) == "undecodable_image"
+
+
+def test_alpha_and_rotation_may_be_treated_otherwise() -> None:
+    """One half transparent red pixel beside an opaque blue one, turned by a tag."""
+    picture = Image.new("RGBA", (2, 1), (255, 0, 0, 128))
+    picture.putpixel((1, 0), (0, 0, 255, 255))
+    found = {
+        alpha: [decode_image(encoded(picture, "PNG"), colours=Colours(alpha=alpha)).image.getpixel((x, 0)) for x in (0, 1)]
+        for alpha in ALPHAS
+    }
+    assert found == {"white": [(255, 127, 127), (0, 0, 255)], "black": [(128, 0, 0), (0, 0, 255)],
+                     "drop": [(255, 0, 0), (0, 0, 255)]}  # fmt: skip
+    declared = io.BytesIO()
+    Image.new("RGB", (3, 2), "red").save(declared, "PNG", transparency=(255, 0, 0))
+    dropped = decode_image(declared.getvalue(), colours=Colours(alpha="drop"))
+    assert dropped.image.getpixel((0, 0)) == (255, 0, 0) and dropped.flags == ("alpha",)
+    for kind in ("JPEG", "TIFF", "PNG"):
+        for orientation in range(1, 9):
+            tagged, exif = Image.new("RGB", (4, 2), "black"), Image.Exif()
+            tagged.putpixel((0, 0), (255, 255, 255))
+            exif[0x0112] = orientation
+            left = decode_image(encoded(tagged, kind, exif=exif), colours=Colours(exif=False))
+            assert left.image.size == (4, 2) and not left.flags, (kind, orientation)
+            assert sum(left.image.getpixel((0, 0))) > 300 > sum(left.image.getpixel((3, 1)))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="alpha is one of white, black, drop"):
+        Colours(alpha="grey")
+
+
+def test_a_decoded_picture_carries_no_metadata() -> None:
+    """What is handed on without a copy must be as bare as a fresh picture, and must not be turned a second time."""
+    exif = Image.Exif()
+    exif[0x010E], exif[0x0112] = "a description", 1
+    for kind in ("JPEG", "PNG"):
+        found = decode_image(encoded(Image.new("RGB", (4, 2), "red"), kind, exif=exif)).image
+        assert found.info == {} and ImageOps.exif_transpose(found).size == (4, 2)
+        assert found.copy().tobytes() == found.tobytes()

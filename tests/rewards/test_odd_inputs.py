@@ -240,3 +240,22 @@ def test_compiled_encoders_score_the_same(clip_folder: Path, pictures: list[Imag
         pytest.skip(f"no compiler: {error}")
     torch.testing.assert_close(found, plain[:6], atol=1e-5, rtol=0)
     assert len(scorer.engine.graphs) == 1 and json.dumps(dict(scorer.backend.record()))
+
+
+def test_colour_options_reach_every_path(tmp_path: Path) -> None:
+    """From Python by file and in memory, by a set and by its single rewards; alpha dropped is another score."""
+    from mmalign.media import Colours
+
+    rng = np.random.default_rng(4)
+    pixels = rng.integers(0, 256, (40, 32, 4), dtype=np.uint8)
+    picture, bare = Image.fromarray(pixels, "RGBA"), Image.fromarray(pixels[..., :3])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "alpha.png", exif=exif)
+    plain = rewards.load("tiny-clip", device="cpu").score([bare], "a star")
+    given = Colours(alpha="drop", exif=False)
+    for entry in (picture, tmp_path / "alpha.png"):
+        found = rewards.load(["tiny-clip", "brightness"], device="cpu", colours=given)
+        assert torch.equal(found.score([entry], "a star")["tiny-clip"], plain)
+        assert torch.equal(found["tiny-clip"].score([entry], "a star"), plain)
+        assert not torch.equal(rewards.load("tiny-clip", device="cpu").score([entry], "a star"), plain)

@@ -301,3 +301,23 @@ def test_score_eval_command(folder: Path, tmp_path: Path) -> None:
     labels = [1.0, 0.0, 0.5, 1.0, 0.0, 1.0]
     right = sum((a > b) == (c == 1) for a, b, c in zip(first, second, labels, strict=True) if c != 0.5)
     assert f"accuracy {right / 5:.4f} on 5 pairs" in done.stdout and "rule: no-ties" in done.stdout
+
+
+def test_other_colours_are_another_score_and_are_recorded(folder: Path, tmp_path: Path) -> None:
+    """A changed choice scores again where it was scored before, and an unknown one is refused by name."""
+    Image.new("RGBA", (32, 32), (200, 30, 30, 60)).save(folder / "clear.png")
+    with (folder / "metadata.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"file_name": "clear.png", "text": "a red square"}) + "\n")
+    out, found = tmp_path / "s.parquet", {}
+    command = ["score", str(folder), "--reward", "brightness", "--out", str(out)]
+    for alpha in ("white", "black", "drop"):
+        result = CliRunner().invoke(app, [*command, "--alpha", alpha, "--no-exif"])
+        assert result.exit_code in (0, 3), result.output
+        table = pq.read_table(out)
+        facts = json.loads(table.schema.metadata[b"mmalign"])
+        assert facts["colours"].startswith("alpha-dropped" if alpha == "drop" else f"alpha-over-{alpha}")
+        assert "exif-ignored" in facts["colours"]
+        found[alpha] = table["brightness"].to_pylist()[-1]
+    assert found["white"] > found["drop"] > found["black"]
+    refused = CliRunner().invoke(app, [*command, "--alpha", "grey"])
+    assert refused.exit_code == 2 and "alpha is one of white, black, drop" in refused.output
