@@ -3,12 +3,12 @@
 Candidates are rules for the weight as a function of the ratio: a constant, or a multiple of it. Masks are learnt on some persons
 and papers of the split `learn` and validated on its others, in two folds and with a seed that the report does not use. A rule's
 value is its selectivity, averaged over folds, seeds and ratios; the highest wins, and of those within `TIE` of it the first in
-the list below. Learned masks and saliency masks each get their own rule, so that neither is favoured.
+the list below. Saliency masks can get their own rule the same way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,8 @@ RULES: dict[str, Callable[[float], float]] = {
     "1": lambda ratio: 1.0,
     "1/2": lambda ratio: 0.5,
     "1/5": lambda ratio: 0.2,
-    "2 x ratio": lambda ratio: 2 * ratio,
     "ratio": lambda ratio: ratio,
     "2/3 x ratio": lambda ratio: 2 / 3 * ratio,
-    "1/3 x ratio": lambda ratio: ratio / 3,
 }
 """From the most to the least cautious."""
 SCHEMES = ("learned", "saliency")
@@ -53,37 +51,38 @@ class Trial:
         return float(found.selectivity[0])
 
 
-def trials(ratios: list[float], seeds: tuple[int, ...] = SEEDS) -> Iterator[Trial]:
-    """Every distinct mask that some rule asks for."""
-    for seed in seeds:
+def trials(ratios: Sequence[float], schemes: Sequence[str]) -> Iterator[Trial]:
+    """Every distinct mask that some rule asks for, fold by fold."""
+    for seed in SEEDS:
         for fold in range(len(FOLDS)):
-            for ratio in ratios:
-                for name in SCHEMES:
-                    for weight in dict.fromkeys(round(rule(ratio), 6) for rule in RULES.values()):
+            for name in schemes:
+                for ratio in ratios:
+                    for weight in dict.fromkeys(weight_of(rule, ratio) for rule in RULES):
                         yield Trial(fold=fold, seed=seed, ratio=ratio, scheme=Scheme(name=name, weight=weight))
 
 
-def choose(
-    out: Path, ratios: list[float], world: Callable[[int], World], seeds: tuple[int, ...] = SEEDS
-) -> dict[str, Any]:
+def weight_of(rule: str, ratio: float) -> float:
+    return round(RULES[rule](ratio), 6)
+
+
+def choose(out: Path, ratios: Sequence[float], schemes: Sequence[str], world: Callable[[int], World]) -> dict[str, Any]:
     """The rule of each scheme with all values behind it; also written to choice.json.
 
     Args:
         world: the validation world of a fold.
     """
-    every = {trial: trial.selectivity(world(trial.fold)) for trial in trials(ratios, seeds)}
-    record: dict[str, Any] = {"seeds": list(seeds), "folds": len(FOLDS), "ratios": ratios, "tie": TIE}
-    for scheme in SCHEMES:
-        table = {
-            label: {
-                ratio: float(np.mean([value for trial, value in every.items() if trial.scheme == Scheme(
-                    name=scheme, weight=round(rule(ratio), 6)) and trial.ratio == ratio])) for ratio in ratios
-            } for label, rule in RULES.items()
-        }  # fmt: skip
-        means = {label: float(np.mean(list(row.values()))) for label, row in table.items()}
-        best = max(means.values())
-        record[scheme] = {"chosen": next(label for label in RULES if means[label] >= best - TIE), "means": means,
-                          "by_ratio": table}  # fmt: skip
+    every = {trial: trial.selectivity(world(trial.fold)) for trial in trials(ratios, schemes)}
+    record: dict[str, Any] = {"seeds": list(SEEDS), "folds": len(FOLDS), "ratios": list(ratios), "tie": TIE}
+    for name in schemes:
+
+        def value(rule: str, ratio: float, name: str = name) -> float:
+            scheme = Scheme(name=name, weight=weight_of(rule, ratio))
+            return float(np.mean([found for trial, found in every.items() if (trial.scheme, trial.ratio) == (scheme, ratio)]))
+
+        table = {rule: {ratio: value(rule, ratio) for ratio in ratios} for rule in RULES}
+        means = {rule: float(np.mean(list(row.values()))) for rule, row in table.items()}
+        best = next(rule for rule in RULES if means[rule] >= max(means.values()) - TIE)
+        record[name] = {"chosen": best, "means": means, "by_ratio": table}
     write_json(out / "choice.json", record)
     return record
 
@@ -92,7 +91,7 @@ def text_of(record: dict[str, Any]) -> str:
     """The table of both schemes as Markdown."""
     lines = ["| scheme | innocent weight | " + " | ".join(f"{ratio:.0%}" for ratio in record["ratios"]) + " | mean |",
              "|---|---|" + "---|" * (len(record["ratios"]) + 1)]  # fmt: skip
-    for scheme in SCHEMES:
+    for scheme in (name for name in SCHEMES if name in record):
         found = record[scheme]
         for label, row in found["by_ratio"].items():
             mark = "**" if label == found["chosen"] else ""

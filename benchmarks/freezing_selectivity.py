@@ -2,30 +2,31 @@
 
     python benchmarks/freezing_selectivity.py --jobs 2          # chooses the weight on validation domains, measures, prints
     python benchmarks/freezing_selectivity.py --print           # prints what is there
-    python benchmarks/freezing_selectivity.py --only choose --jobs 16          # a part; results are files below --out
-    python benchmarks/freezing_selectivity.py --only measure --seeds 0                   # one seed
+    python benchmarks/freezing_selectivity.py --only choose     # the first part
 
 Two parts. `choose` sets how much an innocent user's cost counts, on persons and papers of the split `learn` alone
 (benchmarks/freezing_choice.py has the rule). `measure` learns masks on the split `learn`, lets users fine-tune on other persons
 and papers, and scores them there: per seed and ratio the learned mask; saliency masks with as many tensors, and with as many
-parameters, frozen; and random masks with as many of both. Every finished arm is a file below --out, so that a killed run
-continues where it stopped, and arms can be computed apart, on several machines.
+parameters, frozen; and random masks with as many of both. Every finished arm is a file below --out: a killed run continues
+where it stopped, and processes that are given the same folder share the work.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import freezing_choice as choice
 import numpy as np
-from freezing_study import Scheme, World, held_out, validation
+from filelock import FileLock, Timeout
+from freezing_study import FOLDS, Scheme, World, held_out, validation
 from freezing_tables import Arm, echo, sweep, tables
 
 from mmalign.errors import MmalignError
@@ -34,38 +35,38 @@ from mmalign.freezing import FreezeMask
 HERE = Path(__file__).resolve()
 
 
-def schemes(record: dict[str, Any], ratio: float) -> dict[str, Scheme]:
-    """Learned and saliency scores with the weights that were chosen, and saliency with the weight 1 of its definition."""
-    learned, tuned = (
-        Scheme(name=name, weight=round(choice.RULES[record[name]["chosen"]](ratio), 6)) for name in choice.SCHEMES
-    )
-    return {"learned": learned, "tuned": tuned, "saliency": Scheme(name="saliency", weight=1.0)}
-
-
 def arms(world: World, record: dict[str, Any], ratio: float, seed: int, matched: int) -> list[Arm]:
     """Every mask of one cell, made when it is asked for."""
-    of = schemes(record, ratio)
+    weights = {name: choice.weight_of(record[name]["chosen"], ratio) for name in choice.SCHEMES if name in record}
+    best = Scheme(name="learned", weight=weights["learned"])
+    # One as defined; one more where a weight was chosen for it too.
+    others = {"saliency": Scheme(name="saliency", weight=1.0)}
+    if weights.get("saliency", 1.0) != 1.0:
+        others["saliency, weight chosen"] = Scheme(name="saliency", weight=weights["saliency"])
 
     def learned() -> FreezeMask:
-        return world.scored(of["learned"], ratio=ratio, seed=seed)
+        return world.scored(best, ratio=ratio, seed=seed)
 
-    def tensors(name: str) -> Callable[[], FreezeMask]:
-        return lambda: world.by_tensors(of[name], ratio=ratio, seed=seed)
+    def tensors(scheme: Scheme) -> Callable[[], FreezeMask]:
+        return lambda: world.by_tensors(scheme, ratio=ratio, seed=seed)
 
-    def share(name: str) -> Callable[[], FreezeMask]:
-        return lambda: world.by_share(of[name], learned(), ratio=ratio, seed=seed)
+    def share(scheme: Scheme) -> Callable[[], FreezeMask]:
+        return lambda: world.by_share(scheme, learned(), ratio=ratio, seed=seed)
 
     def chance(number: int) -> Callable[[], FreezeMask]:
         return lambda: world.by_chance(learned(), seed=100 * seed + number)
 
-    found = [
-        Arm("learned", f"learned-{ratio:g}", learned),
-        Arm("saliency, as many tensors", f"saliency-tensors-{ratio:g}", tensors("saliency")),
-        Arm("saliency, as many parameters", f"saliency-share-{ratio:g}", share("saliency")),
-        Arm("saliency, weight chosen too, as many tensors", f"tuned-tensors-{ratio:g}", tensors("tuned")),
-        Arm("saliency, weight chosen too, as many parameters", f"tuned-share-{ratio:g}", share("tuned")),
-    ]
-    return found + [Arm("random, as many of both", f"random-{number}-{ratio:g}", chance(number)) for number in range(matched)]
+    found = [Arm("learned", f"{best.key(ratio)}", learned)]
+    for label, scheme in others.items():
+        key = f"saliency-w{scheme.weight:.4g}-r{ratio:g}"
+        found.append(Arm(f"{label}, as many tensors", f"{key}-tensors", tensors(scheme)))
+        found.append(Arm(f"{label}, as many parameters", f"{key}-share-of-{best.key(ratio)}", share(scheme)))
+    like = best.key(ratio)
+    return found + [Arm("random, as many of both", f"random-{number}-like-{like}", chance(number)) for number in range(matched)]
+
+
+Job = tuple[Path, Callable[[], bool], Callable[[], object]]
+"""A file to lock, whether it is done, and how to do it."""
 
 
 class Run:
@@ -74,88 +75,45 @@ class Run:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.out = options, Path(options.out)
         self.world = held_out(self.out, options.user_steps, options.shortened)
-
-    def fold(self, number: int) -> World:
-        """A validation world."""
-        return validation(self.out, number, self.options.user_steps, self.options.shortened)
+        self.folds = [validation(self.out, fold, options.user_steps, options.shortened) for fold in range(len(FOLDS))]
 
     def record(self) -> dict[str, Any]:
-        """The choice, from the trials that are there.
+        """The choice."""
+        return choice.choose(self.out, self.options.ratios, self.options.schemes, self.folds.__getitem__)
 
-        Raises:
-            SystemExit: it is asked for before it was made.
-        """
-        missing = [trial for trial in choice.trials(self.options.ratios) if not self._has(trial)]
-        if missing and self.options.only == "measure":
-            raise SystemExit(f"the choice lacks {len(missing)} trials; run with --only choose first")
-        return choice.choose(self.out, self.options.ratios, self.fold)
+    def choosing(self) -> Iterator[Job]:
+        """Users without a mask, which the others need, then every trial."""
+        every = list(choice.trials(self.options.ratios, self.options.schemes))
+        for fold, seed in dict.fromkeys((trial.fold, trial.seed) for trial in every):
+            yield from self._plain(self.folds[fold], seed)
+        for trial in every:
+            world = self.folds[trial.fold]
+            yield self._job(world, trial.name, trial.seed, functools.partial(trial.selectivity, world))
 
-    def _has(self, trial: choice.Trial) -> bool:
-        return self.fold(trial.fold).done(trial.name, trial.seed)
-
-    # Jobs: a job is a name; whoever runs it computes one arm.
-
-    def choosing(self) -> Iterator[str]:
-        """First users without a mask, which the others need; then one job per trial."""
-        every = list(choice.trials(self.options.ratios))
-        yield from dict.fromkeys(f"plain:{trial.fold}:{trial.seed}" for trial in every)
-        # Saliency scores serve every ratio: the first job of a weight makes them, the rest come later and find them.
-        ordered = sorted(range(len(every)), key=lambda place: (every[place].scheme.name == "saliency", place))
-        yield from (f"trial:{place}" for place in ordered if not self._has(every[place]))
-
-    def measuring(self) -> Iterator[str]:
-        """Learned masks before those that are matched with them."""
-        yield from (f"plain:held-out:{seed}" for seed in self.options.seeds)
+    def measuring(self) -> Iterator[Job]:
+        """Of every cell the learned mask before those that are matched with it."""
         record = self.record()
+        cells = [(seed, ratio) for seed in self.options.seeds for ratio in self.options.ratios]
+        for seed in self.options.seeds:
+            yield from self._plain(self.world, seed)
         for first in (True, False):
-            for seed in self.options.seeds:
-                for ratio in self.options.ratios:
-                    found = arms(self.world, record, ratio, seed, self.options.matched)
-                    for number, arm in enumerate(found):
-                        if (number == 0) == first and not self.world.done(arm.name, seed):
-                            yield f"arm:{seed}:{ratio:g}:{number}"
+            for seed, ratio in cells:
+                found = arms(self.world, record, ratio, seed, self.options.matched)
+                for arm in found[:1] if first else found[1:]:
+                    yield self._job(self.world, arm.name, seed, functools.partial(self.world.losses, arm.name, arm.mask, seed))
 
-    def do(self, job: str) -> None:
-        """Compute one job."""
-        kind, *rest = job.split(":")
-        if kind == "plain":
-            (self.world if rest[0] == "held-out" else self.fold(int(rest[0]))).plain(int(rest[1]))
-        elif kind == "trial":
-            trial = list(choice.trials(self.options.ratios))[int(rest[0])]
-            trial.selectivity(self.fold(trial.fold))
-        else:
-            seed, ratio, number = int(rest[0]), float(rest[1]), int(rest[2])
-            arm = arms(self.world, self.record(), ratio, seed, self.options.matched)[number]
-            self.world.losses(arm.name, arm.mask, seed)
+    def _plain(self, world: World, seed: int) -> Iterator[Job]:
+        yield self._job(world, "full", seed, functools.partial(world.plain, seed))
 
-    def spread(self, jobs: Sequence[str], arguments: Sequence[str]) -> None:
-        """Jobs one after the other, or each in a process of its own on one thread.
+    @staticmethod
+    def _job(world: World, name: str, seed: int, do: Callable[[], object]) -> Job:
+        return world.folder / "locks" / f"{name}-seed{seed}.lock", functools.partial(world.done, name, seed), do
 
-        Raises:
-            SystemExit: one of them failed; the others were finished.
-        """
-        if self.options.jobs == 1:
-            for job in jobs:
-                self.do(job)
-            return
-        alone = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
-        def start(job: str) -> int:
-            return subprocess.run([sys.executable, str(HERE), *arguments, "--job", job], env=alone, check=False).returncode
-
-        with ThreadPoolExecutor(self.options.jobs) as pool:
-            failed = [job for job, code in zip(jobs, pool.map(start, jobs), strict=True) if code]
-        if failed:
-            raise SystemExit(f"{len(failed)} of {len(jobs)} jobs failed, the first is {failed[0]}")
-
-    def all(self, arguments: Sequence[str]) -> None:
+    def all(self) -> None:
         """Both parts, or the one that is asked for."""
-        parts = (("choose", self.choosing), ("measure", self.measuring))
-        for name, listed in parts:
+        for name, listed in (("choose", self.choosing), ("measure", self.measuring)):
             if self.options.only in (None, name):
-                # Saliency scores and plain users are needed by several jobs: stages keep two from making the same ones.
-                for stage in stages(list(listed())):
-                    self.spread(stage, arguments)
+                share(list(listed()))
 
     def show(self) -> str:
         """The tables of everything that is finished."""
@@ -168,12 +126,20 @@ class Run:
         return choice.text_of(record) + "\n\n" + tables(self.world, whole, self.options.ratios)
 
 
-def stages(jobs: list[str]) -> list[list[str]]:
-    """Users without a mask first; then the arms that others are matched with; then the rest."""
-    plain = [job for job in jobs if job.startswith("plain:")]
-    first = [job for job in jobs if job.startswith("arm:") and job.endswith(":0")]
-    rest = [job for job in jobs if job not in plain and job not in first]
-    return [stage for stage in (plain, first, rest) if stage]
+def share(jobs: list[Job]) -> None:
+    """Do what nobody else is doing, and wait for the rest; a process that dies leaves its job to the others."""
+    while jobs:
+        left = []
+        for lock, done, do in jobs:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with FileLock(lock, timeout=0):
+                    if not done():
+                        do()
+            except Timeout:
+                left.append((lock, done, do))
+        jobs = left
+        time.sleep(0.5 if jobs else 0)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -182,12 +148,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", default="runs/freezing-selectivity")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.3, 0.5])
-    parser.add_argument("--matched", type=int, default=2, help="random masks per seed and ratio")
+    parser.add_argument("--matched", type=int, default=1, help="random masks per seed and ratio")
     parser.add_argument("--user-steps", type=int, default=30)
     parser.add_argument("--shortened", type=int, default=1, help="divide mask learning by this, to try the path")
+    parser.add_argument("--schemes", nargs="+", choices=choice.SCHEMES, default=["learned"], help="whose weight is chosen")
     parser.add_argument("--only", choices=["choose", "measure"], help="one part")
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
-    parser.add_argument("--job", help="compute this one job and print nothing else")
     parser.add_argument("--sweep", type=int, nargs="*", default=[], help="further user steps for seed 0 at 30 %%")
     parser.add_argument("--echo", action="store_true", help="also learn one mask from random scores")
     parser.add_argument("--print", action="store_true", help="compute nothing new")
@@ -199,24 +165,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parse(given)
     run = Run(options)
+    alone = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    others = [] if options.print else [
+        subprocess.Popen([sys.executable, str(HERE), *given, "--jobs", "1"], env=alone, stdout=subprocess.DEVNULL)
+        for _ in range(options.jobs - 1)
+    ]  # fmt: skip
     try:
-        if options.job is not None:
-            run.do(options.job)
-            return 0
         if not options.print:
-            run.all(given)
-        if options.only == "choose":
-            print(choice.text_of(run.record()))
-            return 0
-        print(run.show())
+            run.all()
+        print(choice.text_of(run.record()) if options.only == "choose" else run.show())
+        best = Scheme(name="learned", weight=choice.weight_of(run.record()["learned"]["chosen"], 0.3))
         if options.echo:
-            print(echo(run.world, schemes(run.record(), 0.3)["learned"], 0, 0.3))
+            print(echo(run.world, best, 0, 0.3))
         if options.sweep:
             found = arms(run.world, run.record(), 0.3, 0, options.matched)
             print(sweep(run.world, [found[0], found[2], found[-1]], 0, 0.3, options.sweep))
     except MmalignError as error:
         print(error, file=sys.stderr)
         return 2
+    finally:
+        for other in others:
+            other.wait()
     return 0
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import freezing_choice as choice
 import freezing_selectivity
 import pytest
-from freezing_study import DOMAINS, FOLDS, Scheme, validation
+from filelock import FileLock
+from freezing_study import DOMAINS, FOLDS, Scheme, World, validation
 
 from mmalign.data.domains import open_domains
 from mmalign.freezing.baselines import TOLERANCE, matched_scored
@@ -27,20 +29,39 @@ def test_validation_shares_nothing_with_the_report(tmp_path: Path) -> None:
 
 
 def test_the_highest_mean_wins_and_caution_breaks_ties(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # ratio 0.3: weights 1, .5, .2, .6, .3, .2, .1 in the order of the rules
-    values = {1.0: 0.10, 0.5: 0.296, 0.2: 0.30, 0.6: 0.2, 0.3: 0.1, 0.1: 0.2}
+    # ratio 0.3: weights 1, .5, .2, .3, .2 in the order of the rules
+    values = {1.0: 0.10, 0.5: 0.296, 0.2: 0.30, 0.3: 0.1}
     monkeypatch.setattr(choice.Trial, "selectivity", lambda self, world: values[self.scheme.weight])
-    found = choice.choose(tmp_path, [0.3], lambda fold: None)  # type: ignore[arg-type, return-value]
-    assert found["learned"]["chosen"] == found["saliency"]["chosen"] == "1/2"  # within the tie of 1/5, and before it
+
+    def chosen() -> dict[str, Any]:
+        return choice.choose(tmp_path, [0.3], choice.SCHEMES, lambda fold: World(manifest="-", folder=tmp_path))
+
+    assert chosen()["learned"]["chosen"] == chosen()["saliency"]["chosen"] == "1/2"  # within the tie of 1/5, and before it
     values[0.5] = 0.29
-    assert choice.choose(tmp_path, [0.3], lambda fold: None)["learned"]["chosen"] == "1/5"  # type: ignore[arg-type, return-value]
+    assert chosen()["learned"]["chosen"] == "1/5"
     assert json.loads((tmp_path / "choice.json").read_text())["learned"]["means"]["2/3 x ratio"] == 0.30
 
 
 def test_every_weight_is_tried_once() -> None:
-    every = list(choice.trials([0.1, 0.3, 0.5]))
-    assert len(set(every)) == len(every) == 2 * 2 * (6 + 6 + 5)
-    assert {trial.scheme.weight for trial in every if trial.ratio == 0.5} == {1.0, 0.5, 0.2, 0.333333, 0.166667}
+    every = list(choice.trials([0.1, 0.3, 0.5], choice.SCHEMES))
+    assert len(set(every)) == len(every) == 2 * 2 * (5 + 4 + 4)
+    assert {trial.scheme.weight for trial in every if trial.ratio == 0.5} == {1.0, 0.5, 0.2, 0.333333}
+
+
+def test_work_is_shared_and_never_done_twice(tmp_path: Path) -> None:
+    """One job is in another's hands until the first thing that is done here lets it go."""
+    done: list[int] = []
+    held = FileLock(tmp_path / "0.lock")
+    held.acquire()
+
+    def do(number: int) -> None:
+        done.append(number)
+        held.release()
+
+    jobs = [(tmp_path / f"{number}.lock", lambda number=number: number in done or number == 2, lambda number=number: do(number))
+            for number in range(3)]  # fmt: skip
+    freezing_selectivity.share(jobs)  # type: ignore[arg-type]
+    assert done == [1, 0]
 
 
 def test_share_is_met_from_the_top() -> None:
@@ -63,8 +84,11 @@ def test_every_arm_runs_and_is_printed(
     for label in ("learned", "saliency, as many tensors", "saliency, as many parameters", "random, as many of both"):
         assert f"| 30% | {label} |" in printed and (label == "learned" or f"learned minus {label}" in printed)
     arms = {file.stem: json.loads(file.read_text())["ratio"] for file in (tmp_path / "held-out" / "arms").glob("*.json")}
-    gap = arms["learned-0.3-seed0"]["parameters"] - arms["saliency-share-0.3-seed0"]["parameters"]
-    assert abs(gap) <= TOLERANCE and arms["learned-0.3-seed0"]["tensors"] == arms["saliency-tensors-0.3-seed0"]["tensors"]
+    learned, tensors, share = (
+        arms[f"{name}-seed0"]
+        for name in ("learned-w1-r0.3", "saliency-w1-r0.3-tensors", "saliency-w1-r0.3-share-of-learned-w1-r0.3")
+    )
+    assert abs(learned["parameters"] - share["parameters"]) <= TOLERANCE and learned["tensors"] == tensors["tensors"]
     before = sorted(file.stat().st_mtime for file in tmp_path.rglob("*.json"))
     freezing_selectivity.main([*common, "--print"])
     assert capsys.readouterr().out == printed[printed.index("| scheme |") :]
