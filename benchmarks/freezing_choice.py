@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from freezing_study import FOLDS, Scheme, World
 
+from mmalign.errors import MmalignError
 from mmalign.experiment.folder import write_json
 
 SEEDS = (10,)
@@ -29,6 +30,10 @@ RULES: dict[str, Callable[[float], float]] = {
 }
 """From the most to the least cautious."""
 SCHEMES = ("learned", "saliency")
+
+
+class EvaluationError(MmalignError):
+    """There is nothing to choose from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,22 +70,32 @@ def weight_of(rule: str, ratio: float) -> float:
     return round(RULES[rule](ratio), 6)
 
 
-def choose(out: Path, ratios: Sequence[float], schemes: Sequence[str], world: Callable[[int], World]) -> dict[str, Any]:
+def choose(
+    out: Path, ratios: Sequence[float], schemes: Sequence[str], worlds: Sequence[World]
+) -> dict[str, Any]:
     """The rule of each scheme with all values behind it; also written to choice.json.
 
     Args:
-        world: the validation world of a fold.
+        worlds: the validation world of each fold; folds that are not finished are left out, and the record says which counted.
+
+    Raises:
+        EvaluationError: not even one fold is finished.
     """
-    every = {trial: trial.selectivity(world(trial.fold)) for trial in trials(ratios, schemes)}
-    record: dict[str, Any] = {"seeds": list(SEEDS), "folds": len(FOLDS), "ratios": list(ratios), "tie": TIE}
+    found = list(trials(ratios, schemes))
+    open_ = {trial.fold for trial in found if not worlds[trial.fold].done(trial.name, trial.seed)}
+    folds = [fold for fold in range(len(FOLDS)) if fold not in open_]
+    if not folds:
+        raise EvaluationError(f"{out}: no fold of the choice is finished; run with --only choose first")
+    every = {trial: trial.selectivity(worlds[trial.fold]) for trial in found if trial.fold in folds}
+    record: dict[str, Any] = {"seeds": list(SEEDS), "folds": folds, "ratios": list(ratios), "tie": TIE}
     for name in schemes:
 
         def value(rule: str, ratio: float, name: str = name) -> float:
             scheme = Scheme(name=name, weight=weight_of(rule, ratio))
             return float(np.mean([found for trial, found in every.items() if (trial.scheme, trial.ratio) == (scheme, ratio)]))
 
-        table = {rule: {ratio: value(rule, ratio) for ratio in ratios} for rule in RULES}
-        means = {rule: float(np.mean(list(row.values()))) for rule, row in table.items()}
+        table = {rule: [value(rule, ratio) for ratio in ratios] for rule in RULES}
+        means = {rule: float(np.mean(row)) for rule, row in table.items()}
         best = next(rule for rule in RULES if means[rule] >= max(means.values()) - TIE)
         record[name] = {"chosen": best, "means": means, "by_ratio": table}
     write_json(out / "choice.json", record)
@@ -95,6 +110,6 @@ def text_of(record: dict[str, Any]) -> str:
         found = record[scheme]
         for label, row in found["by_ratio"].items():
             mark = "**" if label == found["chosen"] else ""
-            values = " | ".join(f"{value:.3f}" for value in row.values())
+            values = " | ".join(f"{value:.3f}" for value in row)
             lines.append(f"| {scheme} | {mark}{label}{mark} | {values} | {mark}{found['means'][label]:.3f}{mark} |")
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -78,13 +79,17 @@ class Run:
         self.folds = [validation(self.out, fold, options.user_steps, options.shortened) for fold in range(len(FOLDS))]
 
     def record(self) -> dict[str, Any]:
-        """The choice."""
-        return choice.choose(self.out, self.options.ratios, self.options.schemes, self.folds.__getitem__)
+        """The choice: made once, so that processes that share the work agree on it."""
+        file = self.out / "choice.json"
+        with FileLock(file.with_suffix(".lock")):
+            if not file.is_file():
+                choice.choose(self.out, self.options.ratios, self.options.schemes, self.folds)
+        return dict(json.loads(file.read_text()))
 
-    def choosing(self) -> Iterator[Job]:
-        """Users without a mask, which the others need, then every trial."""
-        every = list(choice.trials(self.options.ratios, self.options.schemes))
-        for fold, seed in dict.fromkeys((trial.fold, trial.seed) for trial in every):
+    def choosing(self, fold: int) -> Iterator[Job]:
+        """Users without a mask, which the others need, then every trial of a fold."""
+        every = [trial for trial in choice.trials(self.options.ratios, self.options.schemes) if trial.fold == fold]
+        for seed in dict.fromkeys(trial.seed for trial in every):
             yield from self._plain(self.folds[fold], seed)
         for trial in every:
             world = self.folds[trial.fold]
@@ -111,9 +116,13 @@ class Run:
 
     def all(self) -> None:
         """Both parts, or the one that is asked for."""
-        for name, listed in (("choose", self.choosing), ("measure", self.measuring)):
-            if self.options.only in (None, name):
-                share(list(listed()))
+        until = time.monotonic() + self.options.choose_until
+        if self.options.only in (None, "choose") and not (self.out / "choice.json").is_file():
+            for fold in range(len(FOLDS)):
+                share(list(self.choosing(fold)), until=until if fold else None)
+            self.record()
+        if self.options.only in (None, "measure"):
+            share(list(self.measuring()))
 
     def show(self) -> str:
         """The tables of everything that is finished."""
@@ -126,11 +135,17 @@ class Run:
         return choice.text_of(record) + "\n\n" + tables(self.world, whole, self.options.ratios)
 
 
-def share(jobs: list[Job]) -> None:
-    """Do what nobody else is doing, and wait for the rest; a process that dies leaves its job to the others."""
+def share(jobs: list[Job], *, until: float | None = None) -> None:
+    """Do what nobody else is doing, and wait for the rest; a process that dies leaves its job to the others.
+
+    Args:
+        until: on the monotonic clock; nothing is begun, and nobody waited for, after that.
+    """
     while jobs:
         left = []
         for lock, done, do in jobs:
+            if until is not None and time.monotonic() > until:
+                return
             lock.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with FileLock(lock, timeout=0):
@@ -152,6 +167,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--user-steps", type=int, default=30)
     parser.add_argument("--shortened", type=int, default=1, help="divide mask learning by this, to try the path")
     parser.add_argument("--schemes", nargs="+", choices=choice.SCHEMES, default=["learned"], help="whose weight is chosen")
+    parser.add_argument("--choose-until", type=float, default=float("inf"), help="seconds; then only whole folds count")
     parser.add_argument("--only", choices=["choose", "measure"], help="one part")
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
     parser.add_argument("--sweep", type=int, nargs="*", default=[], help="further user steps for seed 0 at 30 %%")

@@ -34,11 +34,12 @@ STEPS = {"learned": 150, "saliency": 60}
 """Of mask learning: what configs/tiny/freeze_as_guard.yaml says, and one fine-tuning of the joint user."""
 ONE_SHOT = ("method.scheme=saliency", "method.users=joint", "method.episode=0")
 FOLDS = (
-    ({"ann", "cai", "dots", "rows"}, {"bob", "dov", "slant"}),
-    ({"bob", "dov", "slant", "dots"}, {"ann", "cai", "rows"}),
+    ({"ann", "cai", "rows", "slant"}, {"bob", "dov", "dots"}),
+    ({"bob", "dov", "dots", "slant"}, {"ann", "cai", "rows"}),
 )
-"""Persons and papers of the split `learn`: what a mask is learnt from, and what it is validated on. The split that masks are
-reported on is in neither."""
+"""Persons and papers of the split `learn`: what a mask is learnt from, and what it is validated on. What masks are reported on is
+in neither. Nothing is validated on ``slant``: the published model draws it nearly as well as a user does, so that the share of
+a user's gain that a mask takes would be noise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

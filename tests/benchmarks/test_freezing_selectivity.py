@@ -33,13 +33,25 @@ def test_the_highest_mean_wins_and_caution_breaks_ties(tmp_path: Path, monkeypat
     values = {1.0: 0.10, 0.5: 0.296, 0.2: 0.30, 0.3: 0.1}
     monkeypatch.setattr(choice.Trial, "selectivity", lambda self, world: values[self.scheme.weight])
 
+    monkeypatch.setattr(World, "done", lambda self, name, seed: True)
+
     def chosen() -> dict[str, Any]:
-        return choice.choose(tmp_path, [0.3], choice.SCHEMES, lambda fold: World(manifest="-", folder=tmp_path))
+        return choice.choose(tmp_path, [0.3], choice.SCHEMES, [World(manifest="-", folder=tmp_path)] * 2)
 
     assert chosen()["learned"]["chosen"] == chosen()["saliency"]["chosen"] == "1/2"  # within the tie of 1/5, and before it
     values[0.5] = 0.29
     assert chosen()["learned"]["chosen"] == "1/5"
     assert json.loads((tmp_path / "choice.json").read_text())["learned"]["means"]["2/3 x ratio"] == 0.30
+
+
+def test_only_whole_folds_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice.Trial, "selectivity", lambda self, world: self.scheme.weight)
+    worlds = [World(manifest="-", folder=tmp_path / str(fold)) for fold in range(2)]
+    monkeypatch.setattr(World, "done", lambda self, name, seed: self is worlds[0] or "w0.3" not in name)
+    assert choice.choose(tmp_path, [0.3], ["learned"], worlds)["folds"] == [0]
+    monkeypatch.setattr(World, "done", lambda self, name, seed: False)
+    with pytest.raises(choice.EvaluationError, match="no fold of the choice is finished"):
+        choice.choose(tmp_path, [0.3], ["learned"], worlds)
 
 
 def test_every_weight_is_tried_once() -> None:
