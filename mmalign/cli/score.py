@@ -76,9 +76,7 @@ def score(
     compile: Annotated[bool, typer.Option("--compile", help="Run image encoders through torch.compile.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first rows.")] = None,
     resume: Annotated[bool, typer.Option(help="Reuse finished parts of an earlier run.")] = True,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 2 if any row failed or a prompt is empty.")
-    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 2 if any row failed or a prompt is empty.")] = False,
     local_files_only: Annotated[bool, typer.Option("--local-files-only", help="Never download.")] = False,
 ) -> int:
     """Score images against their prompts; one row per input row, one column per reward. Resumes where it stopped."""
@@ -96,16 +94,19 @@ def score(
     job = Job(
         input=str(source), rewards=names, out=str(out), paths=paths, revisions=revisions, columns=columns,
         root=str(root) if root else None, limit=limit, batch_size=_batch_size(batch_size), device=device, dtype=dtype,
-        workers=workers or max(1, default_workers() // processes),
-        resume=resume, local_files_only=local_files_only, compile=compile,
+        workers=workers or max(1, default_workers() // processes), resume=resume, compile=compile,
+        local_files_only=local_files_only,
         ensembles=tuple(parse_ensemble(item) for item in ensemble or []), precision_check=precision_check,
         embeddings=str(embeddings) if embeddings else None, colours=_colours(alpha, exif),
     )  # fmt: skip
     with _Bar() as bar:
         report, seconds = timed(job, processes=processes, command=" ".join(sys.argv), progress=bar,
                                 engine=engine, gpus=gpus)  # fmt: skip
-    if report is None:
-        return 0
+    return 0 if report is None else _close(report, out, seconds, strict)
+
+
+def _close(report: Report, out: Path, seconds: float, strict: bool) -> int:
+    """Show the report; the exit code that follows from it."""
     _show(report, out, seconds)
     if strict and (report.failed or report.converted.get("empty_prompt")):
         return 2
