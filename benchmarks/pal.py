@@ -88,8 +88,8 @@ def run_world(world: str, seed: int, train: sim.Pool, test: sim.Pool, folder: Pa
     }
     for name, (pool, cast, prefix) in votes.items():
         sim.write_votes(folder / name, pool, cast, prefix)
-    result: dict[str, Any] = {"world": world, "seed": seed, "certain": {name: cast.certain for name, (_, cast, _) in votes.items()},
-                              "arms": {}}  # fmt: skip
+    sure = {name: cast.certain for name, (_, cast, _) in votes.items()}
+    result: dict[str, Any] = {"world": world, "seed": seed, "certain": sure, "arms": {}}
     for variant in VARIANTS:
         if variant == "a" and world not in IDEAL_POINTS_IN:
             continue

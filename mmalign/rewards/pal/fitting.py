@@ -218,7 +218,9 @@ def fit_user(head: PalHead, choices: Choices, population: Population, *, loss: s
 
 def _minimise(cost, start: Tensor, steps: int) -> tuple[float, Tensor]:  # type: ignore[no-untyped-def]
     logits = start.clone().requires_grad_(True)
-    optimiser = torch.optim.LBFGS([logits], max_iter=steps, tolerance_change=1e-7, line_search_fn="strong_wolfe", tolerance_grad=1e-6)
+    optimiser = torch.optim.LBFGS(
+        [logits], max_iter=steps, tolerance_change=1e-7, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         optimiser.zero_grad()
