@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mmalign import __version__
-from mmalign.report import answers, files, pictures, provenance, results, training
+from mmalign.report import answers, files, people, pictures, provenance, results, training
 from mmalign.report.folder import RunData, read_run
 from mmalign.report.section import Section
 
 TEMPLATES = Path(__file__).parent / "templates"
 SECTIONS: tuple[Callable[[RunData], Section], ...] = (
     results.findings,
+    people.people,
     pictures.before_after,
     answers.answers,
     results.rewards,
@@ -71,6 +72,8 @@ def render_page(hero: Section, sections: Sequence[Section]) -> str:
 def _worth_showing(run: RunData, section: Section) -> bool:
     """A page without warnings needs no empty box of warnings; pictures from noise belong to runs that make pictures, answers
     to runs that answer. Every other section says what is missing."""
+    if section.id == "people":
+        return people.is_personal(run) or not section.missing
     if section.id in ("answers", "pictures", "timeline") and section.missing:
         return section.id == "answers" if answers.has_answers(run) else section.id != "answers"
     return section.id != "notes" or bool(section.values["findings"] or section.values["problems"])

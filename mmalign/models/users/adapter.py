@@ -114,7 +114,7 @@ class UserAdapter(nn.Module):
             )
         if weights.shape != users.shape[:2]:
             raise ModelError(f"weights of the users must be {list(users.shape[:2])}, got {list(weights.shape)}")
-        return UserTokens(tokens=self.proj(users + self.place), weights=weights)
+        return UserTokens(tokens=self.proj(users.to(self.place.dtype) + self.place), weights=weights)
 
     # Called by the network
 

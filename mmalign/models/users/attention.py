@@ -63,7 +63,7 @@ class UserLayer(nn.Module):
         q = q if norm is None else norm(q)
         total: Tensor | None = None
         for one in range(user.tokens.shape[1]):
-            tokens = user.tokens[:, one].to(query.dtype)
+            tokens = user.tokens[:, one].to(self.to_k_user.weight.dtype)
             keys, values = _heads(self.to_k_user(tokens), heads), _heads(self.to_v_user(tokens), heads)
             found = torch.nn.functional.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype))
             found = found * user.weights[:, one].to(q.dtype)[:, None, None, None]

@@ -241,7 +241,14 @@ ENCODERS: Mapping[str, Callable[[UsersConfig, torch.device], SupportEncoder]] = 
 
 
 def _complete(kind: Any, path: str) -> Any:
-    network, found = kind.from_pretrained(path, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # the text tower is not read, which would be listed line by line
+    try:
+        network, found = kind.from_pretrained(path, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    finally:
+        logging.set_verbosity(before)
     missing = [name for name in sorted(map(str, found["missing_keys"])) if "position_ids" not in name]
     if missing:
         raise ValueError(f"missing weights, e.g. '{missing[0]}'")

@@ -216,6 +216,21 @@ def test_lora_and_users_together(tiny_family: Families, variant: str) -> None:
     assert not torch.allclose(before, after, atol=1e-4)
 
 
+def test_half_precision_with_and_without_the_adapter(tiny_family: Families) -> None:
+    family = tiny_family("sd1")
+    for all_of_it in (False, True):
+        network = plain(family).to(torch.bfloat16)
+        spoil(attach(network, AdapterSettings(rows=ROWS, dim=DIM), seed=3))
+        if all_of_it:
+            network.to(torch.bfloat16)
+        noisy, t, cond = inputs(family)
+        with torch.no_grad():
+            found = family.predict(network, noisy.bfloat16(), t, cond.map(torch.Tensor.bfloat16).with_user(users(3)))
+        expected = predict(family, personal(family), users(3))
+        assert found.dtype is torch.bfloat16
+        torch.testing.assert_close(found.float(), expected, atol=0.2, rtol=0.1)
+
+
 def test_a_network_without_users_does_not_know_the_word(tiny_family: Families) -> None:
     for variant in ("sd1", "sd3", "flux"):
         with pytest.raises(TypeError, match="user"):
