@@ -311,8 +311,8 @@ def table(found: dict[str, Any]) -> str:
         f"{found['device']}, torch {found['torch']}, {found['parameters'] / 1e9:.2f} B parameters in {found['dtype']}, prompt "
         f"{found['prompt_tokens']:.0f} tokens, answers {found['answer_tokens'][0]}-{found['answer_tokens'][-1]}; matrix product "
         f"{found['matmul_flops'] / 1e12:.1f} TFLOP/s, MFU against {found['peak_flops'] / 1e12:.0f}",
-        f"{'side':<15}{'loss 1':>8}{'pairs/s':>9}{'low-high':>16}{'x TRL':>8}{'x two seq.':>11}{'x our tower':>12}{'TFLOP/pair':>11}"
-        f"{'MFU':>7}{'peak GiB':>10}{'of TRL':>8}",
+        f"{'side':<15}{'loss 1':>8}{'pairs/s':>9}{'low-high':>16}{'x TRL':>8}{'x two seq.':>11}{'x our tower':>12}"
+        f"{'TFLOP/pair':>11}{'MFU':>7}{'peak GiB':>10}{'of TRL':>8}",
     ]  # fmt: skip
     for name, row in found["sides"].items():
         if "pairs_per_second" not in row:

@@ -84,6 +84,10 @@ METHODS.add(
     summary="preferences between whole conversations, instructions included", cite="arXiv:2404.00530",
 )  # fmt: skip
 METHODS.add(
+    "vlm_sparse_po", "mmalign.trainers.vlm_sparse_po:VlmSparsePO",
+    summary="DPO that learns how much each token counts and may drift", cite="arXiv:2410.05102",
+)  # fmt: skip
+METHODS.add(
     "vlm_sft", "mmalign.trainers.vlm_sft:VlmSFT",
     summary="plain fine-tuning on answers (of pairs: the chosen ones)", cite="arXiv:2304.08485",
 )  # fmt: skip

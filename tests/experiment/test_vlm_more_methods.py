@@ -92,3 +92,29 @@ def test_a_prompt_with_other_media_is_a_defect(world: Path, tmp_path: Path) -> N
 def test_lists_read_lists_alone(world: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'vlm_list' reads lists"):
         run(world, tmp_path, world / "pairs.jsonl", method={"name": "vlm_list"})
+
+
+def test_sparse_po_resumes_with_its_masks(world: Path, tmp_path: Path) -> None:
+    """Four steps, and two and two: the same weights and masks; what is exported is an adapter and nothing of the masks."""
+    from safetensors.torch import load_file
+
+    from mmalign.export import export_run
+
+    method = {"name": "vlm_sparse_po", "beta": 0.3, "masks": "independent"}
+    for name in ("straight", "halves"):
+        (tmp_path / name).mkdir()
+    straight = run(world, tmp_path / "straight", world / "pairs.jsonl", method=method)
+    halves = run(world, tmp_path / "halves", world / "pairs.jsonl", "optim.steps=2", method=method)
+    file = write_experiment(tmp_path / "halves", world / "llava", world / "pairs.jsonl", method=method)
+    run_training(file, [], resume=True)
+    lines = metric_lines(straight)
+    assert metric_lines(halves) == lines and lines[-1]["mask_reward"] != 1.0
+    step = "checkpoints/step-00000004"
+    assert (straight / step / "policy.safetensors").read_bytes() == (halves / step / "policy.safetensors").read_bytes()
+    export_run(straight, "peft", tmp_path / "adapter")
+    assert all("lora_" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+
+
+def test_sparse_po_cannot_store_its_reference(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="precomputed"):
+        run(world, tmp_path, world / "pairs.jsonl", method={"name": "vlm_sparse_po"}, reference={"name": "precomputed"})

@@ -7,9 +7,9 @@ the call by one that reads only the positions that predict answers and turns the
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from mmalign.objectives.sequence import chunked_log_probs
 if TYPE_CHECKING:
     from mmalign.models.vlm.base import VlmFamily
 
+H = TypeVar("H", bound=nn.Module)
 CHUNK_BYTES = 128 * 2**20
 FLEX_BLOCK = 128
 MASKABLE = {"full_attention", "sliding_attention"}
@@ -73,7 +74,7 @@ def inner(module: nn.Module) -> Any:
 
 
 @contextmanager
-def answer_head(network: Any, head: AnswerHead) -> Iterator[None]:
+def answer_head(network: Any, head: nn.Module) -> Iterator[None]:
     """Put the head in the output layer's place, and the output layer back however the call ends."""
     before = network.lm_head
     network.lm_head = head
@@ -88,6 +89,27 @@ def log_probs(
     vision: VisionFeatures | None, per_token: bool, hide: Tensor | None, mean_logits: bool,
 ) -> BranchLogps:  # fmt: skip
     """See ``VlmFamily.log_probs``."""
+    network = inner(module)
+
+    def make(layout: Layout) -> AnswerHead:
+        return AnswerHead(network.lm_head, layout, family.config.chunk, mean_logits=mean_logits)
+
+    layout, head, tokens = run(family, module, batch, prefix=prefix, vision=vision, hide=hide, make=make)
+    return _reduce(batch, layout, tokens, head.mean, per_token)
+
+
+def run(
+    family: VlmFamily, module: nn.Module, batch: BranchBatch, *, prefix: Literal["shared", "plain"],
+    vision: VisionFeatures | None, hide: Tensor | None, make: Callable[[Layout], H],
+) -> tuple[Layout, H, Tensor]:  # fmt: skip
+    """One forward pass: the layout, what stood in for the output layer, and what it gave.
+
+    Args:
+        make: what takes the output layer's place, from the layout.
+
+    Raises:
+        ModelError: `shared` where it would not be exact.
+    """
     flex = family.config.attention == "flex"
     layout = build(
         batch, prefix, pack=family.config.row_tokens if prefix == "shared" else 0, hide=hide,
@@ -105,10 +127,10 @@ def log_probs(
     found = {}
     if vision is not None and (layout.images or layout.videos):
         found = encoder_outputs(family, vision, layout.images, layout.videos)
-    head = AnswerHead(network.lm_head, layout, family.config.chunk, mean_logits=mean_logits)
+    head = make(layout)
     with answer_head(network, head), family.autocast():
-        tokens: Tensor = module(**inputs, **media_inputs(network, found)).logits
-    return _reduce(batch, layout, tokens, head.mean, per_token)
+        given: Tensor = module(**inputs, **media_inputs(network, found)).logits
+    return layout, head, given
 
 
 def _reduce(batch: BranchBatch, layout: Layout, tokens: Tensor, mean: Tensor | None, per_token: bool) -> BranchLogps:
