@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmalign.arena.live import LiveSource
 from mmalign.arena.offer import Offer, Work
@@ -13,6 +14,9 @@ from mmalign.arena.server import ArenaServer
 from mmalign.arena.votes import VotesFile
 from mmalign.arena.voting import Voting
 from mmalign.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from mmalign.experiment.opening import OpenRun
 
 LIVE_SUFFIXES = (".yaml", ".yml")
 
@@ -120,17 +124,23 @@ def _personaliser(settings: ArenaSettings) -> Work | None:
         raise ConfigError("--run needs --prompts: a file with the prompts of the pictures that people get")
     if not settings.run.is_dir():
         raise ConfigError(f"{settings.run}: no such run")
+    if not settings.prompts.is_file():
+        raise ConfigError(f"{settings.prompts}: no such prompt file")
     run, prompts = settings.run, settings.prompts
+    opened: list[OpenRun] = []
 
     def work(user: str) -> list[tuple[str, Path]]:
         from mmalign.arena.votes import VOTES
         from mmalign.data.files import canonical_hash
+        from mmalign.experiment.opening import open_run
         from mmalign.personalize import personalize
 
+        if not opened:  # one user at a time is worked for, so the first call loads the model for all
+            opened.append(open_run(run))
         out = settings.out / "personal" / canonical_hash(user)[:16]
-        number = 1 + sum(1 for _ in out.glob("*")) if out.is_dir() else 1
-        made = personalize(run, settings.out / VOTES, prompts, user=user, out=out / f"{number:03d}")
-        files = sorted(file for file in (made.folder / "pictures").rglob("*.png"))
-        return list(zip([*made.prompts, *[""] * len(files)], files, strict=False))
+        number = 1 + sum(1 for _ in out.glob("*"))
+        made = personalize(opened[0], settings.out / VOTES, prompts, user=user, out=out / f"{number:03d}")
+        files = sorted((made.folder / "pictures").glob("*-personal.png"))
+        return list(zip(made.prompts, files, strict=True))
 
     return work
