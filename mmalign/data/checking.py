@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mmalign.data import checkfiles, checkparts
 from mmalign.data.check import CheckPolicy, CheckResult, check_table
 from mmalign.data.engines import Engine, each_part
-from mmalign.data.lookparts import LookParts
+from mmalign.data.lookparts import LookParts, PartsMissing
 from mmalign.data.ranked import RankedTable, open_ranked
+from mmalign.data.remote import is_remote, mirror, publish, remove
 from mmalign.data.storage import open_storage
 from mmalign.data.tables import PairTable, open_table
 from mmalign.data.vlm import VlmTable, is_vlm, open_vlm
@@ -41,6 +43,10 @@ def check_any(
         PartsMissing: this shard's parts are done and others' are not.
         MissingExtraError: Ray is not installed.
     """
+    if is_remote(path):
+        return _check_there(
+            path, policy=policy, workers=workers, shard=shard, engine=engine, progress=progress
+        )
     path = Path(path)
     if engine != "local":
         todo = parts_left(path, policy.limits, shard)
@@ -63,6 +69,22 @@ def check_any(
     checkfiles.write_report(table, result)
     checkfiles.write_page(table, result)
     return result.demand(checkfiles.check_folder(table.path) / "quarantine.jsonl")
+
+
+def _check_there(path: str | Path, **settings: Any) -> CheckResult:
+    """Check the mirror of a table in a store, and send the check there. What other machines made meanwhile is fetched."""
+    folder = mirror(path)
+    try:
+        try:
+            result = check_any(folder, **settings)
+        except PartsMissing:
+            publish(folder, path, only=("check",))
+            result = check_any(mirror(path), **settings)
+        remove(path, "check/parts-")
+        return result
+    finally:
+        if folder.is_dir():
+            publish(folder, path, only=("check",))
 
 
 def open_any(path: Path, *, progress: bool = False) -> PairTable | RankedTable | VlmTable:

@@ -17,6 +17,7 @@ from mmalign.data.conversations import MediaFile, keep_file
 from mmalign.data.files import atomic_file, write_json
 from mmalign.data.progress import progress_bar
 from mmalign.data.reasons import reasons_table
+from mmalign.data.remote import is_remote, results_at
 from mmalign.data.tables import PairTable, open_table
 from mmalign.data.turns import Message, TurnsError, messages, untagged
 from mmalign.data.vlm import VlmTable, is_vlm, open_vlm
@@ -59,6 +60,9 @@ def export_table(path: str | Path, out: str | Path, *, to: str, progress: bool =
         ConfigError: an unknown format.
         DataError: the table is not of the kind that the format holds, or a row of it cannot be used.
     """
+    if is_remote(out):
+        with results_at(out) as folder:
+            return export_table(path, folder, to=to, progress=progress)
     to = {"msswift": "ms-swift", "swift": "ms-swift"}.get(to, to)
     if to not in TARGETS:
         raise ConfigError(f"export format '{to}' is not known (known: {', '.join(TARGETS)})")

@@ -129,7 +129,7 @@ def fill_latents(
     def load(request: _Request) -> Tensor:
         record = table.record(request.row)
         data, source = read_bytes(record.chosen if request.side == 0 else record.rejected, limits)
-        refuse_changed(data, media.picture(request.row, request.side), source)
+        refuse_changed(data, media.picture(request.row, request.side).sha256, source)
         done = prepare(data, source=source, resolution=resolution, crop=request.crop, flip=request.flip, limits=limits)
         return done.pixels
 

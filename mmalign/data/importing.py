@@ -13,6 +13,7 @@ from mmalign.data.formats import FORMATS
 from mmalign.data.formats.base import ListRow, Reader, SourceRow, plain
 from mmalign.data.progress import progress_bar
 from mmalign.data.reasons import QUARANTINE, Problem, reasons_table
+from mmalign.data.remote import is_remote, local_path, results_at
 from mmalign.data.writer import FolderWriter, RankedWriter, TableWriter
 from mmalign.errors import DataError
 
@@ -64,11 +65,19 @@ def import_table(
         media: folder that relative paths of pictures and clips start from; by default the source's.
         options: settings of the format, by its own names.
 
+    Source, media and out may be addresses in a store (``s3://...``).
+
     Raises:
         ConfigError: the format is not known.
         DataError: the source is absent or of no known format, `out` is taken, or no row could be used.
     """
-    source, out = Path(source), Path(out)
+    if is_remote(out):
+        with results_at(out) as folder:
+            return import_table(
+                source, folder, format=format, split=split, media=media, options=options, progress=progress
+            )
+    source, out = local_path(source, progress=progress), Path(out)
+    media = None if media is None else local_path(media, progress=progress)
     if not source.exists():
         raise DataError(f"{source}: no such file or folder; download the data set first and give its local path")
     if media is not None and not Path(media).is_dir():

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from mmalign.data.tables import PairTable
 from mmalign.errors import DataError, MmalignError
 from mmalign.media import DEFAULT, Limits
 from mmalign.types import PairBatch, PairRecord, Side
+
+if TYPE_CHECKING:
+    from mmalign.data.decoders import ProcessReader
 
 T = TypeVar("T")
 
@@ -86,6 +89,7 @@ class PairLoader:
             every step.
         order: another order of the rows than one table's permutations (a mixture).
         workers: threads; 0 works in the caller's thread.
+        decode: ``threads``, or ``processes`` (as many as `workers`) that decode pictures into shared memory.
         prefetch: micro-batches read ahead.
         max_runtime_failures: more distinct masked rows than this stop the run.
         retry_seconds: pauses before reading a missing file again.
@@ -116,6 +120,7 @@ class PairLoader:
         draws: int = 0,
         order: Order | None = None,
         workers: int = 2,
+        decode: str = "threads",
         prefetch: int = 3,
         max_runtime_failures: int = 10,
         retry_seconds: Sequence[float] = (0.1, 0.5, 2.0),
@@ -127,6 +132,9 @@ class PairLoader:
             raise DataError(
                 "batch_size and accumulate must be at least 1; workers, prefetch, draws and limits at least 0"
             )
+        if decode not in ("threads", "processes"):
+            raise DataError(f"decode must be 'threads' or 'processes', got '{decode}'")
+        self.decode = decode
         self.table = table
         self.seed = seed
         self.batch_size = batch_size
@@ -156,7 +164,10 @@ class PairLoader:
         self.max_runtime_failures = max_runtime_failures
         self.masked: list[MaskedRow] = []
         """Rows that had weight 0 in a batch this process was given, in the order they were met."""
-        self._pixels = PixelReader(resolution=resolution, media=media, limits=limits, retry_seconds=retry_seconds)
+        self._pixels: PixelReader | ProcessReader = PixelReader(
+            resolution=resolution, media=media, limits=limits, retry_seconds=retry_seconds
+        )
+        self._limits, self._retry_seconds = limits, tuple(retry_seconds)
         self._latents: LatentReader | None = None
         if latents is not None:
             facts = require_latents(latents, self.order.rows, media, self.augmentation)
@@ -205,6 +216,7 @@ class PairLoader:
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="mmalign-data") if self.workers else None
         pending: deque[_Pending] = deque()
         step, micro = start_step, 0
+        here, processes = self._pixels, self._processes()
         try:
             while True:
                 while len(pending) <= (self.prefetch if pool is not None else 0):
@@ -219,6 +231,23 @@ class PairLoader:
             stop.set()
             if pool is not None:
                 pool.shutdown(wait=True, cancel_futures=True)
+            self._pixels = here
+            if processes is not None:
+                processes.close()
+
+    def _processes(self) -> ProcessReader | None:
+        """Processes that decode from now on, where they are wanted and anything is to be decoded."""
+        if self.decode != "processes" or not self.workers or self._latents is not None:
+            return None
+        from mmalign.data.decoders import ProcessReader
+
+        made = ProcessReader(
+            self.table, resolution=self.augmentation.resolution, media=self.media, limits=self._limits,
+            retry_seconds=self._retry_seconds, processes=self.workers, slots=2 * self.workers,
+        )  # fmt: skip
+        made.raw = self._pixels.raw
+        self._pixels = made
+        return made
 
     def _submit(
         self, pool: ThreadPoolExecutor | None, step: int, micro: int, slots: list[Slot], stop: threading.Event
@@ -268,7 +297,8 @@ class PairLoader:
 
     def _row(self, slot: Slot, step: int, stop: threading.Event) -> _Row:
         try:
-            record = self.table.record(slot.row, pictures=self._latents is None)
+            here = self._latents is None and isinstance(self._pixels, PixelReader)
+            record = self.table.record(slot.row, pictures=here)
             draw = self.augmentation.draw(seed=self.seed, epoch=self._number(slot), row_id=record.id)
             if self._latents is not None:
                 return _Row(record=record, draw=draw, sides=None)

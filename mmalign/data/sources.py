@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmalign.data.augment import Augmentation, Draw
 from mmalign.data.cache import Cache
-from mmalign.data.mediaindex import SIDES, MediaIndex, Picture
+from mmalign.data.mediaindex import SIDES, MediaIndex
 from mmalign.errors import DataError
 from mmalign.media import (
     Crop,
@@ -51,13 +51,13 @@ class ChangedError(DataError):
     """A picture is not the one that was checked: what is known of it, and cached for it, belongs to another."""
 
 
-def refuse_changed(data: bytes, known: Picture, source: str) -> None:
-    """Compare a picture with what the check saw.
+def refuse_changed(data: bytes, known: str, source: str) -> None:
+    """Compare a picture with the SHA-256 of what the check saw.
 
     Raises:
         ChangedError: other bytes.
     """
-    if hashlib.sha256(data).hexdigest() != known.sha256:
+    if hashlib.sha256(data).hexdigest() != known:
         raise ChangedError(f"{source} is not the file that was checked; run 'mmalign data check' again")
 
 
@@ -107,20 +107,29 @@ class PixelReader:
         self.raw = False
         """Leave pixels bytes."""
 
-    def read(self, row: int, record: PairRecord, draw: Draw, stop: threading.Event) -> tuple[Prepared, Prepared]:
+    def read(
+        self, row: int, record: PairRecord, draw: Draw, stop: threading.Event, *, known: tuple[str, str] | None = None
+    ) -> tuple[Prepared, Prepared]:
         """Both pictures under the same draw.
+
+        Args:
+            known: SHA-256 of both pictures as they were checked, where this reader has no facts of its own.
 
         Raises:
             RowFailure: either cannot be read, or is not the picture that was checked.
         """
-        chosen = self._one(row, 0, record.chosen, draw, stop)
-        return chosen, self._one(row, 1, record.rejected, draw, stop)
+        if self.media is not None:
+            known = (self.media.picture(row, 0).sha256, self.media.picture(row, 1).sha256)
+        chosen = self._one(0, record.chosen, draw, stop, known)
+        return chosen, self._one(1, record.rejected, draw, stop, known)
 
-    def _one(self, row: int, side: int, ref: ImageRef, draw: Draw, stop: threading.Event) -> Prepared:
+    def _one(
+        self, side: int, ref: ImageRef, draw: Draw, stop: threading.Event, known: tuple[str, str] | None
+    ) -> Prepared:
         try:
             data, source = self._bytes(ref, stop)
-            if self.media is not None:
-                refuse_changed(data, self.media.picture(row, side), source)
+            if known is not None:
+                refuse_changed(data, known[side], source)
             return prepare(
                 data,
                 source=source,

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from mmalign.data.files import MappedFile, atomic_file, canonical_hash, file_hash, write_json
 from mmalign.data.progress import progress_bar
+from mmalign.data.remote import local_path
 from mmalign.errors import DataError
 
 ROWS_PER_BATCH: Final = 128
@@ -126,12 +127,13 @@ class Storage:
 
 
 def open_storage(path: str | Path, *, progress: bool = True) -> Storage:
-    """Open a folder of Parquet or Arrow parts, one such file, a JSONL file, or a folder with a `pairs.jsonl`.
+    """Open a folder of Parquet or Arrow parts, one such file, a JSONL file, or a folder with a `pairs.jsonl`; also what is at an
+    address in a store.
 
     Raises:
         DataError: nothing there, nothing readable in it, or parts whose columns differ.
     """
-    path = Path(path)
+    path = local_path(path, progress=progress)
     if (path / VOTES).is_file() and not any(path.glob("*.parquet")):
         path = path / VOTES
     if path.is_file() and path.suffix in (".jsonl", ".ndjson"):

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from mmalign.branches import BranchRecord, MediaRef, VideoRef
 from mmalign.data.files import file_hash
+from mmalign.data.remote import local_path
 from mmalign.data.schema import check_columns, check_version
 from mmalign.data.storage import MAX_JSONL_BYTES, LoadedPart, Storage, open_storage, part_files, read_jsonl
 from mmalign.data.tables import Table, is_list, refuse_repeated_ids
@@ -203,7 +204,7 @@ def open_vlm(path: str | Path, *, progress: bool = True) -> VlmTable:
     Raises:
         DataError: nothing there, a column missing or misspelt, or an id that appears twice.
     """
-    path = Path(path)
+    path = local_path(path, progress=progress)
     if path.is_file() and path.suffix in (".jsonl", ".ndjson"):
         return VlmTable(_jsonl(path), as_json=True)
     return VlmTable(open_storage(path, progress=progress))
@@ -214,7 +215,7 @@ def is_vlm(path: str | Path) -> bool:
 
     Looks at column names and types alone: a JSONL file is recognised by its first row.
     """
-    path = Path(path)
+    path = local_path(path)
     try:
         if path.is_file() and path.suffix in (".jsonl", ".ndjson"):
             with path.open("rb") as handle:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmalign.data.remote import is_remote
 from mmalign.errors import ConfigError, DataError, ModelError
 from mmalign.experiment.prompts import read_prompts
 from mmalign.experiment.settings import Experiment, ExperimentConfig, LoraConfig, UserTuningConfig, load_experiment
@@ -51,7 +52,7 @@ def _files(config: ExperimentConfig) -> list[str]:
             FreezeMask.load(config.freezing.mask)
         except FreezingError as error:
             problems.append(str(error))
-    if not Path(config.data.manifest).exists():
+    if not is_remote(config.data.manifest) and not Path(config.data.manifest).exists():
         problems.append(f"data.manifest: no file or folder '{config.data.manifest}'; make it with 'mmalign data import'")
     else:
         from mmalign import data

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mmalign.data.remote import is_remote, mirror_folder
 from mmalign.errors import ConfigError, DataError
 from mmalign.experiment import streams
 from mmalign.experiment.settings import ExperimentConfig, LoraConfig
@@ -129,7 +130,7 @@ def prepare_inputs(
         order = order or people.order(seed=config.run.seed, global_batch=size)
     loader = data.PairLoader(
         table, rows, shuffle=config.data.shuffle, resolution=(side, side), crop=config.data.crop, media=media, latents=latents,
-        text=text, draws=config.draws, order=order, **settings,
+        text=text, draws=config.draws, order=order, decode=wanted.decode, **settings,
     )  # fmt: skip
     if start is not None:
         loader.with_reference(_fill_references(config, family, loader, start, accelerator.device, progress=main))
@@ -164,7 +165,7 @@ def cache_root(config: ExperimentConfig) -> Path:
     """Where caches lie: beside the table, unless a folder is named."""
     if config.data.cache != "auto":
         return Path(config.data.cache)
-    manifest = Path(config.data.manifest)
+    manifest = mirror_folder(config.data.manifest) if is_remote(config.data.manifest) else Path(config.data.manifest)
     return (manifest if manifest.is_dir() else manifest.parent) / "cache"
 
 

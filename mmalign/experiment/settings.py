@@ -98,6 +98,8 @@ class DataConfig(Section):
     cache_frames: bool = False
     """Methods on answers: keep the sampled frames of clips on disk, so that each clip is decoded once in all."""
     workers: int = 2
+    decode: Literal["threads", "processes"] = "threads"
+    """Where pictures are decoded in training without caches: in `workers` threads, or in as many processes."""
     prefetch: int = 4
     """Batches prepared ahead."""
 
@@ -250,6 +252,12 @@ def _contradictions(config: ExperimentConfig) -> list[str]:
             problems.append(f"data.{name}: '{config.method_name}' does not train on pairs of pictures; remove it")
     if config.data.weights and len(config.data.weights) != len(config.data.mix) + 1:
         problems.append(f"data.weights: {len(config.data.mix) + 1} tables need as many weights, first that of data.manifest")
+    if config.data.decode == "processes" and (
+        config.data.cache != "off" or config.data.mix or config.data.buckets or METHODS.get(config.method_name).batches != "pairs"
+    ):
+        problems.append(
+            "data.decode: processes decode pairs of one table in one shape, and with caches nothing is decoded; use 'threads'"
+        )
     if config.data.buckets and (config.data.mix or config.draws or config.data.crop == "random"):
         problems.append("data.buckets: goes neither with data.mix, nor with stored draws, nor with random crops")
     # Of the shipped methods only these read a probability of one half as what it is; a method of the user's own may.
@@ -260,7 +268,7 @@ def _contradictions(config: ExperimentConfig) -> list[str]:
 
 
 ANSWERS_EVALUATED = ("reports", "tasks", "judge_options")
-PICTURES_ONLY = ("resolution", "flip", "crop", "drop_caption", "draws")
+PICTURES_ONLY = ("resolution", "flip", "crop", "drop_caption", "draws", "decode")
 ANSWERS_ONLY = ("max_length", "max_answer", "stage", "cache_vision", "cache_frames")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mmalign.data.remote import is_remote
 from mmalign.errors import ConfigError, DataError, RewardError
 from mmalign.experiment.settings import ExperimentConfig, LoraConfig
 
@@ -20,7 +21,7 @@ def answer_files(config: ExperimentConfig) -> list[str]:
     from mmalign.rewards.answers import require_judge
 
     problems = []
-    if not Path(config.data.manifest).exists():
+    if not is_remote(config.data.manifest) and not Path(config.data.manifest).exists():
         problems.append(f"data.manifest: no file or folder '{config.data.manifest}'; make it with 'mmalign data import'")
     else:
         try:
