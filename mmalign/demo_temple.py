@@ -99,7 +99,7 @@ def make_pairs(folder: Path, *, seed: int, rates: Sequence[int] = RATES) -> Any:
 
     sampler = TempleSamplerConfig(
         rates=tuple(rates), narrator="join", instruction="own", frames_per_clip=FRAMES["max_frames"],  # type: ignore[arg-type]
-        caption_prompt="Describe the video.", cache=str(folder / "cache"),
+        caption_prompt="Describe the video.", caption_sentences=1, cache=str(folder / "cache"),
     )  # fmt: skip
     report = sample_answers(
         SamplingConfig(

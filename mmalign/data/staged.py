@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmalign.data.files import canonical_hash
-from mmalign.data.loader import MaskedRow
+from mmalign.data.pair_loader import MaskedRow
 from mmalign.data.vlm_loader import VlmLoader
 from mmalign.errors import DataError
 

@@ -72,6 +72,8 @@ class TempleSamplerConfig(Section):
     caption_prompt: str = "Describe this clip."
     next_prompt: str = "The second clip follows the first. Describe the second clip and how it goes on from the first."
     """With `context: previous`."""
+    caption_sentences: int = 0
+    """Sentences kept of a caption; 0 keeps all."""
     caption_temperature: float = 0.0
     cache: str | None = None
     """Folder in which sampled frames are kept, so that each film is decoded once for all its perturbed versions."""
@@ -87,9 +89,10 @@ class TempleSamplerConfig(Section):
             raise ValueError("kinds: 'splice' puts in another film's captions; use input 'captions'")
         if self.drop_by != "rate" and self.input == "video":
             raise ValueError("drop_by: similarity and groups are those of clips; use input 'captions' or 'clips'")
-        if min(self.levels, self.frames_per_clip) < 1 or self.pieces < 2 or self.caption_temperature < 0:
+        low = min(self.caption_temperature, self.caption_sentences)
+        if min(self.levels, self.frames_per_clip) < 1 or self.pieces < 2 or low < 0:
             raise ValueError(
-                "levels and frames_per_clip must be at least 1, pieces 2, caption_temperature not negative"
+                "levels and frames_per_clip must be at least 1, pieces 2, the rest not negative"
             )
 
 
@@ -213,10 +216,10 @@ class TempleSampler(AnswerSampler):
             if self.config.input == "video":
                 results[-1] = {"plans": plans[number], "texts": said_of(film, plans[number], said)}
                 continue
-            own = [caption(said[clip_id(film, place)]) for place in range(len(film.clips))]
+            own = [self._caption(said[clip_id(film, place)]) for place in range(len(film.clips))]
             lists.append((number, "clean", own))
             follows = films[(number + 1) % len(films)]
-            others = [caption(said.get(clip_id(follows, place), "")) for place in range(len(follows.clips))]
+            others = [self._caption(said.get(clip_id(follows, place), "")) for place in range(len(follows.clips))]
             lists += [(number, label(plan), self._listed(film, plan, own, others, said)) for plan in plans[number]]
         for (number, name, _), text in zip(lists, self._narrated(films, lists), strict=True):
             found = results[number]
@@ -263,8 +266,12 @@ class TempleSampler(AnswerSampler):
         self, film: Film, plan: Perturbed, own: Sequence[str], others: Sequence[str], said: Mapping[str, str]
     ) -> list[str]:
         if self.config.input == "clips" and self.config.context == "previous":
-            return [caption(said[f"{film.record.id}#{label(plan)}#{at}"]) for at in range(len(plan.numbers))]
+            return [self._caption(said[f"{film.record.id}#{label(plan)}#{at}"]) for at in range(len(plan.numbers))]
         return [own[number] if number < plan.total else others[number - plan.total] for number in plan.numbers]
+
+    def _caption(self, text: str) -> str:
+        found, most = caption(text), self.config.caption_sentences
+        return " ".join(re.split(r"(?<=[.!?])\s+", found)[:most]) if most else found
 
     def _narrated(self, films: Sequence[Film], lists: Sequence[tuple[int, str, list[str]]]) -> list[str]:
         if self.config.narrator == "join":
