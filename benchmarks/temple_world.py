@@ -158,7 +158,7 @@ def experiment(arm: str, seed: int, folder: Path, run: Path, overrides: Sequence
             CONFIGS / "vlm_sft.yaml",
             [f"data.manifest={train / 'answers.jsonl'}", "data.cache_vision=true", "data.cache_frames=true",
              "evaluate.holdout=[]",
-             *common, *same, *shown],
+             *common, *same, *shown, *overrides],
         )  # fmt: skip
     plan = stages(arm, train)
     steps = sum(stage["steps"] for stage in plan)
@@ -260,6 +260,8 @@ def main() -> None:
     sizes = {"films": found.films, "held_out": found.held_out, "questions": found.questions, "loose": found.loose,
              "held_out_seed": found.held_out_seed}  # fmt: skip
     work = found.work or found.out
+    if found.pairs is not None:
+        found.set.append("data.cache_frames=false")  # films are frames already, and the cache asks PyAV for its version
     found.out.mkdir(parents=True, exist_ok=True)
     if found.pairs_out is not None:
         for seed in found.seeds:
