@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,7 +10,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mmalign.errors import ConfigError, ModelError
@@ -122,6 +125,50 @@ def test_every_method_on_pairs(name: str, train: Train, mask_file: Path, tmp_pat
     mask = FreezeMask.load(mask_file)
     assert same_bits(mask, run / "export") == []
     assert moved(mask, run / "export")
+
+
+LISTS = [name for name in METHODS.names() if METHODS.get(name).batches == "lists"]
+ANSWERS = {"vlm_pairs": "pairs", "vlm_chosen": "pairs", "vlm_labelled": "unpaired"}
+"""What methods on answers read -> the little table that has it."""
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_every_method_on_lists(name: str, train: Train, mask_file: Path, tmp_path: Path) -> None:
+    generator, lines = np.random.default_rng(0), []
+    for row in range(4):
+        files = [f"{row}-{rank}.png" for rank in range(3)]
+        for file in files:
+            Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / file)
+        lines.append(json.dumps({"id": str(row), "prompt": "a red circle", "images": files, "scores": {"tiny-clip": [3, 2, 1]}}))
+    (tmp_path / "lists.jsonl").write_text("\n".join(lines))
+    more = {"run__save_every": 1, "optim__steps": 1, "tuning": "{name: full}", "optim__ema_decay": 0.0, "data__workers": 1}
+    config = str(ROOT / "configs" / "tiny" / f"{name}.yaml")
+    run = train(tmp_path / "run", config=config, pairs=tmp_path / "lists.jsonl", freezing__mask=mask_file, **more)
+    mask = FreezeMask.load(mask_file)
+    assert same_bits(mask, run / "export") == [] and moved(mask, run / "export")
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS.names() if METHODS.get(name).batches in ANSWERS])
+def test_every_method_on_answers(name: str, tmp_path: Path) -> None:
+    from mmalign.experiment import train as run_training
+    from mmalign.experiment.opening import load_any
+    from mmalign.freezing.names import published
+    from tests.fixtures import tiny_vlm
+    from tests.fixtures.vlm_runs import write_experiment, write_table
+
+    tiny_vlm.build("llava", tmp_path / "llava")
+    table = write_table(tmp_path, ANSWERS[METHODS.get(name).batches])
+    file = write_experiment(tmp_path, tmp_path / "llava", table, method={"name": name}, optim={"steps": 1})
+    import torch
+
+    base = load_any(load_experiment(file).config, torch.device("cpu")).network
+    names = [key for key, value in published(base).items() if value.ndim > 1][::2]
+    path = FreezeMask.of(base, names).save(tmp_path / "freeze_mask.json")
+    run_training(file, [f"freezing.mask={path}"])
+    opened = open_run(tmp_path / "run")
+    held = guard_of(opened.aligned)
+    assert held is not None and held.verify().intact and held.verify().checked == len(names)
+    assert [key for key, value in opened.aligned.named_parameters() if value.requires_grad]
 
 
 def test_tampering_with_the_base_is_named(train: Train, mask_file: Path, tmp_path: Path) -> None:
