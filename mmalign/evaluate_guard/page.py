@@ -132,9 +132,13 @@ def _forest(figures: Figures, named: Mapping[str, str]) -> str:
 
 def page(
     config: GuardEvaluation, figures: Figures, masks: Mapping[str, FreezeMask], grids: Mapping[str, Mapping[str, np.ndarray]],
-    domains: Mapping[str, list[str]],
+    domains: Mapping[str, list[str]], *, note: str = "",
 ) -> str:  # fmt: skip
-    """A self-contained page: figures, pictures by domain and mask, where the frozen tensors lie, what it saves."""
+    """A self-contained page: figures, pictures by domain and mask, where the frozen tensors lie, what it saves.
+
+    Args:
+        note: what stands below the tables of quality, such as why a judge is missing.
+    """
     style = (TEMPLATES / "style.css").read_text("utf-8")
     first = next(iter(config.masks))
     parts = [f"<h1>{escape(_claim(first, figures[first]))}</h1><p class='lede'>{escape(_HONEST)}</p>"]
@@ -145,7 +149,8 @@ def page(
     for role, (title, meaning) in _WORDS.items():
         told = f"{', '.join(domains[role])}: {meaning}. Rows are arms, columns the same captions from the same noise."
         parts.append(f"<section><h2>{title}</h2><p class='intro'>{escape(told)}</p>{_pictures(role, grids[role])}")
-        parts.append(_html_table(*_quality_rows(figures, role)) + "</section>")
+        parts.append(_html_table(*_quality_rows(figures, role)))
+        parts.append(f"<p class='intro'>{escape(note)}</p></section>" if note else "</section>")
     parts.append(f"<section><h2>What it saves</h2>{_html_table(*_cost_rows(figures))}</section>")
     drawn = "".join(f"<figure>{figure}</figure>" for figure in mask_figures(masks[first]).values())
     parts.append(f"<section><h2>Where the frozen tensors of “{escape(first)}” lie</h2>{drawn}</section>")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 Pictures = NDArray[np.uint8]
+NO_TOPIQ = "TOPIQ was not measured: pyiqa is not installed (pip install 'mmalign[topiq]'; it downloads its weights)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,8 @@ class Judges:
         self.scorer: Any = rewards.load(clip, device=str(device))
         self.device = device
         self._topiq: Any = None
+        self.topiq_absent = None if importlib.util.find_spec("pyiqa") else NO_TOPIQ
+        """Why there is no TOPIQ, for people; None while there is one."""
 
     def measure(self, pictures: Pictures, captions: Sequence[str], *, role: str, embedded: bool) -> Quality:
         """Every measure of some pictures.
@@ -65,19 +69,21 @@ class Judges:
         return np.concatenate(found)
 
     def topiq(self, pictures: Pictures) -> NDArray[np.float64] | None:
-        """TOPIQ (no reference), higher is better; None where pyiqa is not installed.
+        """TOPIQ (no reference), higher is better; None where it cannot be had, for the reason that `topiq_absent` holds.
 
         The released evaluation uses the full-reference form with reference and picture in the wrong order, and a reference
         that shares only the caption; without a picture to be faithful to, the form without reference is the honest one.
         """
-        import importlib.util
-
-        if importlib.util.find_spec("pyiqa") is None:
+        if self.topiq_absent is not None:
             return None
         if self._topiq is None:
-            import pyiqa
+            try:
+                import pyiqa
 
-            self._topiq = pyiqa.create_metric("topiq_nr", device=self.device)
+                self._topiq = pyiqa.create_metric("topiq_nr", device=self.device)
+            except Exception as error:  # a download, most of all: one judge less is no reason to lose hours of fine-tuning
+                self.topiq_absent = f"TOPIQ could not be loaded: {type(error).__name__}: {error}"
+                return None
         with torch.no_grad():
             values = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
             return np.asarray(self._topiq(values.to(self.device)).flatten().double().cpu().numpy())

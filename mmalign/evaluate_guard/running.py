@@ -105,10 +105,13 @@ class _Evaluation:
                     found[name][role] = self._arm(name, role)
                     progress.advance(note=f"{name}, {role}")
         figures = self._figures(found)
-        write_json(self.folder / "guard.json", {"arms": figures, "domains": self.bench.domains})
+        absent = self.judges.topiq_absent if self.judges is not None else None
+        write_json(self.folder / "guard.json", {"arms": figures, "domains": self.bench.domains, "topiq_absent": absent})
         shown = table(figures)
         if self.config.sample.prompts:
-            write_text(self.folder / "guard.html", page(self.config, figures, self.masks, self._grids(found), self.bench.domains))
+            grids = self._grids(found)
+            shown_page = page(self.config, figures, self.masks, grids, self.bench.domains, note=absent or "")
+            write_text(self.folder / "guard.html", shown_page)
         return GuardResult(folder=self.folder, arms=figures, table=shown)
 
     # One arm

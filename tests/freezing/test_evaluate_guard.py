@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from mmalign.evaluate_guard import evaluate_guard, load_guard_evaluation
 from mmalign.evaluate_guard.cost import kept_for_backward
 from mmalign.evaluate_guard.erase import erase
 from mmalign.evaluate_guard.measures import effect, interval
-from mmalign.evaluate_guard.quality import frechet_distance
+from mmalign.evaluate_guard.quality import Judges, frechet_distance
 from mmalign.freezing import FreezeMask
 from mmalign.world.domains import PATTERNS, PERSONS, likeness, patterned, portrait
 from mmalign.world.oracle import oracle_scores
@@ -129,10 +131,25 @@ def test_a_whole_evaluation(mask_file: Path, tmp_path: Path) -> None:
     assert page.count("data:image/png;base64,") == 2 * 5  # two domains; the domain itself and four arms
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "") and "Do not" not in page
     assert json.loads((tmp_path / "out" / "guard.json").read_text())["domains"]["illegal"] == ["eli", "fay", "gus", "hal"]
+    absent = json.loads((tmp_path / "out" / "guard.json").read_text())["topiq_absent"]
+    assert absent and "TOPIQ" in absent and page.count(escape(absent)) == 2
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "arms").iterdir()}
     again = evaluate_guard(CONFIG, overrides)  # everything is there already
     assert again.arms == result.arms
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "arms").iterdir()} == times
+
+
+def test_a_judge_that_cannot_be_loaded_is_missing_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package whose weights cannot be fetched, as on a machine without network."""
+    text = "def create_metric(name, device):\n    raise OSError(f'no route to the weights of {name}')\n"
+    (tmp_path / "pyiqa.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "pyiqa", raising=False)
+    judges = Judges("tiny-clip", torch.device("cpu"))
+    assert judges.topiq_absent is None
+    assert judges.topiq(np.zeros((2, 32, 32, 3), np.uint8)) is None
+    assert judges.topiq_absent == "TOPIQ could not be loaded: OSError: no route to the weights of topiq_nr"
+    sys.modules.pop("pyiqa", None)
 
 
 @pytest.mark.parametrize(
