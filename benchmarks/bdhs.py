@@ -337,7 +337,7 @@ def main() -> None:
         raise SystemExit(f"{options.out} holds runs made with {stated.read_text().strip()}; choose another --out")
     stated.write_text(json.dumps(plan) + "\n")
     if not options.report:
-        arms = [arm for arm in ARMS if arm.name in options.arms]
+        arms = [arm for name in options.arms for arm in ARMS if arm.name == name]
         for stage in stages(arms, options.seeds):
             work(stage, options)
     report(options)
@@ -352,7 +352,7 @@ def stages(arms: Sequence[Arm], seeds: Sequence[int]) -> list[list[tuple[str, ..
         [("base", base) for base in bases],
         [("boards", seed) for seed in each],
         [("figures", base) for base in bases] + [("pairs", way, base, seed) for seed in each for way, base in ways],
-        [("run", arm.name, seed) for seed in each for arm in arms]
+        [("run", arm.name, seed) for arm in arms for seed in each]
         + [("compare", way, base, seed) for seed in each for way, base in ways],
     ]
 
