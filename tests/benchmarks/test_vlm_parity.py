@@ -21,6 +21,13 @@ OBJECTIVES = {
     "ipo": ({"objective": "ipo"}, {"loss_type": ["ipo"]}),
     "robust": ({"objective": "robust", "label_smoothing": 0.1}, {"loss_type": ["robust"], "label_smoothing": 0.1}),
     "hinge": ({"objective": "hinge"}, {"loss_type": ["hinge"]}),
+    "ln_dpo": ({"objective": "ln_dpo"}, {"loss_type": ["sigmoid_norm"]}),
+    "nca": ({"objective": "nca"}, {"loss_type": ["nca_pair"]}),
+    "sppo_hard": ({"objective": "sppo_hard"}, {"loss_type": ["sppo_hard"]}),
+    "exo_pair": ({"objective": "exo_pair", "label_smoothing": 1e-3}, {"loss_type": ["exo_pair"], "label_smoothing": 1e-3}),
+    "apo_zero": ({"objective": "apo_zero"}, {"loss_type": ["apo_zero"]}),
+    "apo_down": ({"objective": "apo_down"}, {"loss_type": ["apo_down"]}),
+    "discopop": ({"objective": "discopop"}, {"loss_type": ["discopop"]}),
 }
 
 
@@ -46,7 +53,8 @@ def records() -> list[BranchRecord]:
 @pytest.mark.parametrize(
     ("name", "objective", "prefix"),
     [("qwen2_5_vl", "dpo", "shared"), ("qwen2_5_vl", "ipo", "plain"), ("qwen2_5_vl", "robust", "shared"),
-     ("qwen2_5_vl", "hinge", "shared"), ("internvl", "ipo", "shared"), ("llava", "dpo", "shared")],
+     ("qwen2_5_vl", "hinge", "shared"), ("internvl", "ipo", "shared"), ("llava", "dpo", "shared"),
+     *[("llava", name, "shared") for name in ("ln_dpo", "nca", "sppo_hard", "exo_pair", "apo_zero", "apo_down", "discopop")]],
 )  # fmt: skip
 def test_ten_steps_equal_trl(
     name: str, objective: str, prefix: str, folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -69,3 +77,53 @@ def test_ten_steps_equal_trl(
         assert ours.metrics["reward_margin"] == pytest.approx(trl.metric("rewards/margins"), rel=1e-4, abs=1e-4)
         moved = max(moved, abs(trl.metric("rewards/margins")))
     assert moved > 0.01
+
+
+def trl_loss(objective: str, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """TRL's own loss functions on mean log-probabilities; its trainers for them read text alone."""
+    from types import SimpleNamespace
+
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    settings = {"loss_type": "simpo", "alpha": 0.0, "simpo_gamma": 1.0, "label_smoothing": 0.0,
+                "beta": 2.0 if objective == "simpo" else 0.1, "accelerator": SimpleNamespace(device=CPU)}  # fmt: skip
+    trainer: Any = SimpleNamespace(**settings)
+    if objective == "simpo":
+        return CPOTrainer.cpo_loss(trainer, chosen, rejected)[0].mean()
+    # Its trainer subtracts the ratio from a likelihood that takes the prompt in; ours, and this one, is of the answer alone.
+    return -chosen.mean() - ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)[0].mean()
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
+@pytest.mark.parametrize("objective", ["simpo", "orpo"])
+def test_ten_steps_without_a_reference_equal_trls_losses(
+    name: str, objective: str, folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SimPO and ORPO: TRL's collator, whole sequences through transformers, TRL's loss function, the same optimiser."""
+    from vlm_sides import Ours, Trl
+
+    monkeypatch.setitem(os.environ, "TOKENIZERS_PARALLELISM", "false")
+    common: dict[str, Any] = {"dtype": "fp32", "checkpointing": False, "lr": 1e-3}
+    mine = {"objective": "simpo", "beta": 2.0, "gamma": 1.0} if objective == "simpo" else {"objective": "orpo", "beta": 0.1}
+    ours = Ours(folders(name), records(), 2, CPU, objective=mine, template_only=True, **common)
+    theirs = Trl(
+        folders(name), records(), 2, CPU, start=ours.policy, scratch=tmp_path, targets=ours.family.lora_targets["language"],
+        **common,
+    )  # fmt: skip
+    first = last = 0.0
+    for number in range(10):
+        loss = ours.step()
+        batch = dict(next(theirs.batches))
+        answers = batch.pop("completion_mask")[:, 1:].bool()
+        logits = theirs.model(**batch, use_cache=False).logits[:, :-1]
+        tokens = logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0] * answers
+        means = tokens.sum(1) / answers.sum(1)
+        wanted = trl_loss(objective, *means.chunk(2))
+        wanted.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.trained, 1.0)
+        theirs.optimizer.step()
+        theirs.optimizer.zero_grad()
+        assert loss == pytest.approx(wanted.item(), rel=1e-4, abs=1e-4)
+        first, last = (loss if number == 0 else first), loss
+    assert abs(last - first) > 0.01

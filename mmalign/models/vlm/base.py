@@ -87,6 +87,8 @@ class VlmFamily:
     stacked: ClassVar[frozenset[str]] = frozenset()
     """Kinds whose features the model wants as one tensor ``[units, n, D]`` instead of a list."""
 
+    mixes_media: ClassVar[bool] = True
+    """Whether the processor takes pictures and clips in one prompt."""
     windowed: ClassVar[bool] = False
     """Whether the vision tower attends within windows of one long row."""
     splits: bool = False

@@ -204,6 +204,11 @@ def _prefix(
                 f"the rendered prompt has {found} marks '{mark}' for {count} {kind}s: does its text hold the mark, or has"
                 " the model no input of this kind?",
             )  # fmt: skip
+    if images and clips and not family.mixes_media:
+        raise VlmDataError(
+            record.id, "placeholder_mismatch",
+            "this model's processor takes pictures or clips in a prompt, not both: it would lose the pictures",
+        )  # fmt: skip
     processor = family.local_processor()
     options: dict[str, Any] = {"images": images} if images else {}
     if clips:

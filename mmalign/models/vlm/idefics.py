@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -30,3 +30,5 @@ class Idefics3(VlmFamily):
 
 class SmolVLM(Idefics3):
     """Clips are frames under the picture's placeholder, with timestamps in the text."""
+
+    mixes_media: ClassVar[bool] = False  # the processor hands frames over in the place of the pictures' tiles

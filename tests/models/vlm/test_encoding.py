@@ -183,6 +183,16 @@ def test_what_cannot_be_used_is_refused_by_name(change: dict[str, object], reaso
     assert caught.value.reason == reason
 
 
+def test_a_processor_that_would_lose_pictures_is_not_asked(family_of: Loaded) -> None:
+    """SmolVLM's processor hands frames over in the place of the pictures; both alone are fine."""
+    family = family_of("smolvlm")
+    for media in ([picture(1)], [clip(1), clip(2, 3)]):
+        assert family.encode(record(media=media)).rows
+    with pytest.raises(VlmDataError, match="it would lose the pictures") as refused:
+        family.encode(record(media=[picture(1), clip(1)]))
+    assert refused.value.reason == "placeholder_mismatch"
+
+
 def test_threads_encode_alike(family_of: Loaded) -> None:
     family = family_of("smolvlm")
     items = [record(str(number), media=[picture(number)], prompt=f"What? {number}") for number in range(6)]
