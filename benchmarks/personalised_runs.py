@@ -13,6 +13,7 @@ import numpy as np
 
 from mmalign import assets
 from mmalign.demo_people import PROMPTS, SHOTS, make_people, picture_sets, take_in
+from mmalign.experiment.folder import write_text
 from mmalign.experiment.opening import OpenRun, open_run
 from mmalign.experiment.prompts import read_prompts, spread
 from mmalign.experiment.running import train_experiment
@@ -52,66 +53,68 @@ class Size:
 
 
 def run_arm(out: Path, seed: int, arm: str, size: Size) -> Path:
-    """Make one arm of one seed, unless its result is there."""
+    """Make one arm of one seed, unless its result is there; what an interrupted call had measured is kept."""
     folder = out / f"seed-{seed}"
     result = folder / f"{arm}.json"
-    if result.is_file():
+    before = json.loads(result.read_text()) if result.is_file() else {"pictures": {}, "complete": False}
+    if before["complete"]:
         return result
     begin = time.monotonic()
     persons = people(size.trained, size.unseen)
-    table = folder / "data" / "people" / "pairs.jsonl"
-    if not table.is_file():
+    if not (folder / "data" / "people" / "pairs.jsonl").is_file():
         make_people(folder / "data", seed, persons)
-    run = folder / arm
-    config = assets.shipped("configs") / "tiny" / ("diffusion_dpo.yaml" if arm == "dpo" else "personalized_dpo.yaml")
-    method = [f"method.{value}" for value in ARMS[arm]]
-    experiment = load_experiment(config, [
-        f"data.manifest={table}", f"run.seed={seed}", f"run.out={run}", f"optim.steps={size.steps}", *method,
-        f"optim.batch_size={size.batch}", f"run.save_every={size.steps}", "evaluate.every=0", "evaluate.grid_prompts=2",
-        f"evaluate.steps={size.sampling}", "data.max_bad_fraction=1",
-    ])  # fmt: skip
-    if not (run / "checkpoints" / f"step-{size.steps:08d}" / "state.json").is_file():
-        train_experiment(experiment, resume=run.exists(), page=False, evaluate=False)
-    trained = time.monotonic() - begin
-    opened = open_run(run)
+    opened = open_run(trained_run(folder, seed, arm, size))
     prompts = spread(read_prompts(PROMPTS), size.prompts)
-    found = plain(opened, prompts, seed) if arm == "dpo" else personal(opened, folder, persons, prompts, size, seed)
-    found |= {"prompts": prompts, "train_seconds": trained, "seconds": time.monotonic() - begin, "steps": size.steps}
-    result.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    pictures: dict[str, Any] = before["pictures"]
+    sets = {"dpo": ([], {})} if arm == "dpo" else asked_for(opened, folder, persons, size, seed)
+    for number, (name, (mixture, words)) in enumerate(sets.items(), 1):
+        if name not in pictures:
+            made = picture_sets(opened, {name: mixture}, prompts, seed=seed, **words)[name]
+            pictures[name] = measure(made, prompts)
+            told = {"prompts": prompts, "steps": size.steps, "seconds": time.monotonic() - begin, "complete": number == len(sets)}
+            write_text(result, json.dumps({**told, "pictures": pictures}, indent=1) + "\n")
     return result
 
 
-def plain(run: OpenRun, prompts: Sequence[str], seed: int) -> dict[str, Any]:
-    """One model for all, from the noise of the others."""
-    made = picture_sets(run, {"dpo": []}, prompts, seed=seed)
-    return {"pictures": {name: measure(pictures, prompts) for name, pictures in made.items()}}
+def trained_run(folder: Path, seed: int, arm: str, size: Size) -> Path:
+    """The run of one arm, trained unless it is."""
+    run = folder / arm
+    config = assets.shipped("configs") / "tiny" / ("diffusion_dpo.yaml" if arm == "dpo" else "personalized_dpo.yaml")
+    method = [f"method.{value}" for value in ARMS[arm]]
+    experiment = load_experiment(
+        config,
+        [
+            f"data.manifest={folder / 'data' / 'people' / 'pairs.jsonl'}", f"run.seed={seed}", f"run.out={run}",
+            f"optim.steps={size.steps}", *method, f"optim.batch_size={size.batch}", f"run.save_every={min(50, size.steps)}",
+            "evaluate.every=0", "evaluate.grid_prompts=2", f"evaluate.steps={size.sampling}", "data.max_bad_fraction=1",
+        ],
+    )  # fmt: skip
+    if not (run / "checkpoints" / f"step-{size.steps:08d}" / "state.json").is_file():
+        train_experiment(experiment, resume=run.exists(), page=False, evaluate=False)
+    return run
 
 
-def personal(
-    run: OpenRun, folder: Path, persons: Sequence[Person], prompts: Sequence[str], size: Size, seed: int
-) -> dict[str, Any]:
-    """Everybody from 4 choices; newcomers from 1 to 16; mixtures."""
+def asked_for(
+    run: OpenRun, folder: Path, persons: Sequence[Person], size: Size, seed: int
+) -> dict[str, tuple[list[tuple[Any, float]], dict[str, Any]]]:
+    """Name -> mixture and mode: everybody from 4 choices; newcomers from 1 to 16; from one person to another."""
     data = folder / "data"
     known = {person.name: take_in(run, data, person, seed=seed) for person in persons}
-    sets: dict[str, Any] = {"base": []}
-    sets |= {name: [(embedding, 1.0)] for name, embedding in known.items()}
-    newcomers = [person for person in persons if not person.trained]
-    newcomers = newcomers[:: max(1, len(newcomers) // size.curve_people)]
-    for shots in size.curve:
-        if shots != SHOTS:
-            sets |= {
-                f"{one.name} x{shots}": [(take_in(run, data, one, shots=shots, seed=seed), 1.0)] for one in newcomers
-            }
-    made = picture_sets(run, sets, prompts, seed=seed)
-    pictures = {name: measure(values, prompts) for name, values in made.items()}
+    sets: dict[str, tuple[list[tuple[Any, float]], dict[str, Any]]] = {"base": ([], {})}
+    sets |= {name: ([(embedding, 1.0)], {}) for name, embedding in known.items()}
     trained = [person for person in persons if person.trained]
-    for label, first, second in MIXES:
-        a, b = known[trained[first % len(trained)].name], known[trained[second % len(trained)].name]
-        for mode in MODES:
-            inner = {f"{label} {mode} {share:g}": [(a, 1 - share), (b, share)] for share in size.inner}
-            mixed = picture_sets(run, inner, prompts, seed=seed, mode=mode)
-            pictures |= {name: measure(values, prompts) for name, values in mixed.items()}
-    return {"pictures": pictures}
+    for mode in MODES:
+        for label, first, second in MIXES:
+            a, b = known[trained[first % len(trained)].name], known[trained[second % len(trained)].name]
+            for share in size.inner:
+                sets[f"{label} {mode} {share:g}"] = ([(a, 1 - share), (b, share)], {"mode": mode})
+        if mode == MODES[0]:
+            newcomers = [person for person in persons if not person.trained]
+            for one in newcomers[:: max(1, len(newcomers) // size.curve_people)]:
+                for shots in size.curve:
+                    if shots != SHOTS:
+                        sets[f"{one.name} x{shots}"] = ([(take_in(run, data, one, shots=shots, seed=seed), 1.0)], {})
+    return sets
 
 
 def measure(pictures: np.ndarray, prompts: Sequence[str]) -> dict[str, list[Any]]:

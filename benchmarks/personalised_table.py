@@ -22,12 +22,18 @@ NAMES = {
 
 
 def read(out: Path, seeds: Sequence[int]) -> Results:
-    """seed -> arm -> pictures -> measures, for what is there."""
+    """seed -> arm -> pictures -> measures, for what is there and has at least everybody's own pictures."""
     found: Results = {}
     for seed in seeds:
         paths = {arm: out / f"seed-{seed}" / f"{arm}.json" for arm in ARMS}
-        found[seed] = {arm: json.loads(path.read_text())["pictures"] for arm, path in paths.items() if path.is_file()}
+        there = {arm: json.loads(path.read_text()) for arm, path in paths.items() if path.is_file()}
+        found[seed] = {arm: told["pictures"] for arm, told in there.items() if told["complete"] or everybody(told["pictures"])}
     return found
+
+
+def everybody(pictures: dict[str, Any]) -> bool:
+    """Whether an unfinished result has pictures for all people of the full size."""
+    return {person.name for person in people()} <= set(pictures)
 
 
 def persons_of(pictures: dict[str, Any]) -> list[Person]:
