@@ -36,16 +36,16 @@ def check_precision(worker: Worker, rows: int) -> dict[str, Any]:
     count = min(rows, worker.count, MOST_ROWS)
     order = rng.numpy_stream(0, "scoring precision").permutation(worker.count)[:count]
     chosen = [row for index in sorted(order.tolist()) for row in worker.source.rows(index, index + 1)]
-    cells = [(row.images[column], row.prompt) for row in chosen for column in worker.source.columns]
-    usable = [(image, prompt or "") for image, prompt in cells if not isinstance(image, str) and prompt is not None]
-    usable = usable or [(image, "") for image, _ in cells if not isinstance(image, str)]
+    cells = [(row.images[column], row.prompt, row.user) for row in chosen for column in worker.source.columns]
+    usable = [(image, prompt or "", user) for image, prompt, user in cells if not isinstance(image, str) and prompt is not None]
+    usable = usable or [(image, "", user) for image, _, user in cells if not isinstance(image, str)]
     if not usable:
         raise DataError(f"precision check: none of {count} rows can be scored")
-    images, prompts = [item[0] for item in usable], [item[1] for item in usable]
+    images, prompts, users = [item[0] for item in usable], [item[1] for item in usable], [item[2] for item in usable]
     exact_set = rewards.load(job.versioned(), dict(job.paths), job.device, "fp32", workers=job.workers,
                              local_files_only=job.local_files_only, colours=job.colours)  # fmt: skip
-    given = _values(worker.scorers(), images, prompts, job.batch_size)
-    exact = _values(exact_set, images, prompts, job.batch_size)
+    given = _values(worker.scorers(), images, prompts, users, job.batch_size)
+    exact = _values(exact_set, images, prompts, users, job.batch_size)
     out = {}
     for name, backend, one, other in zip(job.rewards, exact_set.backends, given, exact, strict=True):
         out[name] = _compare(one, other, backend.cosine_unit)
@@ -60,8 +60,10 @@ def check_precision(worker: Worker, rows: int) -> dict[str, Any]:
     return out
 
 
-def _values(scorers: Any, images: Sequence[Any], prompts: Sequence[str], batch: int | None) -> list[np.ndarray]:
-    found = scorers.engine.run(images, prompts, batch_size=batch, on_error="nan")
+def _values(
+    scorers: Any, images: Sequence[Any], prompts: Sequence[str], users: Sequence[str | None], batch: int | None
+) -> list[np.ndarray]:
+    found = scorers.engine.run(images, prompts, batch_size=batch, on_error="nan", users=users)
     return [np.asarray(found[backend.name].values, dtype=np.float64) for backend in scorers.backends]
 
 

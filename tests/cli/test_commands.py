@@ -19,7 +19,7 @@ from mmalign.cli.listing import table
 
 COMMANDS = [
     "demo", "train", "check", "explain", "evaluate", "evaluate-guard", "evaluate-video", "compare", "report", "export", "schema",
-    "list",
+    "list", "personalize",
 ]  # fmt: skip
 HEAVY = ("torch", "diffusers", "transformers", "pydantic", "numpy", "rich", "yaml", "PIL", "datasets", "pyarrow")
 
@@ -40,7 +40,7 @@ def test_the_commands_offered_are_those_that_work() -> None:
     parts = Path(mmalign.cli.__file__).parent
     more = ("score", "score-eval", "rewards", "data", "annotate", "arena", "generate")
     there = [name for name in more if (parts / f"{name.split('-')[0]}.py").exists()]
-    assert sorted(offered) == sorted([*COMMANDS, *there])
+    assert sorted(offered) == sorted([*COMMANDS, *there, "users"])
 
 
 @pytest.mark.parametrize("command", COMMANDS)
