@@ -2,7 +2,8 @@
 
 Each reward is a call of its own that opens the file, runs transformers' processor on one picture and its prompt, and runs
 image and text through the network, as the examples of PickScore, HPSv2, CLIPScore and the aesthetic predictor do. No code
-of theirs is used. The network is loaded once; the released hpsv2 package would read its checkpoint at every call.
+of theirs is used. The network is loaded once; the released hpsv2 package reads its checkpoint at every call, which is
+timed apart.
 """
 
 from __future__ import annotations
