@@ -9,7 +9,7 @@ this one process (and the workers it starts), so that a busy machine slows all o
   worker processes;
 - webdataset: the same pictures in two tar shards, the same transform, the same DataLoader (left out where webdataset
   is not installed: the extra `bench` brings it);
-- ours, uncached: the pair loader decoding in two threads;
+- ours, uncached: the pair loader decoding in two threads, and in two processes;
 - ours, cached: the pair loader gathering latents (4 x 64 x 64, mean and deviation) and text from caches.
 
 Then: rows of 32 KiB gathered from a cache against one `torch.load` per file; and the share of a step that training
@@ -41,6 +41,8 @@ from mmalign import data
 
 BATCH = 16
 WORKERS = 2
+READY = 5
+"""Batches that an arm may have prepared while another was measured (DataLoader: two for each worker; ours: four)."""
 
 
 class Pixels:
@@ -141,11 +143,17 @@ def our_arms(table: Path, side: int) -> dict[str, Iterator[Any]]:
     common: dict[str, Any] = {"batch_size": BATCH, "media": checked.media, "workers": WORKERS, **settings}
     uncached = data.PairLoader(opened, checked.rows, **common)
     cached = data.PairLoader(opened, checked.rows, latents=latents, text=text, **common)
-    return {"ours, uncached": uncached.micro_batches(), "ours, cached": cached.micro_batches()}
+    processes = data.PairLoader(opened, checked.rows, decode="processes", **common)
+    return {
+        "ours, uncached, threads": uncached.micro_batches(), "ours, uncached, processes": processes.micro_batches(),
+        "ours, cached": cached.micro_batches(),
+    }  # fmt: skip
 
 
 def rate(batches: Iterator[Any], seconds: float) -> float:
-    """Pairs a second of one window."""
+    """Pairs a second of one window, once what was made ready in other arms' windows is used up."""
+    for _ in range(READY):
+        next(batches)
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds or not count:
         next(batches)

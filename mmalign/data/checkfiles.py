@@ -107,12 +107,12 @@ def write_report(table: Table, result: CheckResult) -> None:
 
 
 def write_quarantine_table(path: Path, problems: Sequence[Problem]) -> None:
-    """The same list as `quarantine.jsonl`, for tools that read tables."""
+    """The same list as `quarantine.jsonl`, for tools that read tables, with each row's key in one column."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = ("id", "file", "row", "column", "reason", "action", "detail")
-    rows = [problem.as_json() for problem in problems]
+    names = ("row_id", "source_key", "id", "file", "row", "column", "reason", "action", "detail")
+    rows = [{**problem.as_json(), "row_id": problem.id, "source_key": f"{problem.file}:{problem.row}"} for problem in problems]
     kinds = {name: pa.int64() if name == "row" else pa.string() for name in names}
     table = pa.table({name: pa.array([row[name] for row in rows], kinds[name]) for name in names})
     with atomic_file(path) as handle:

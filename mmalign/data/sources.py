@@ -81,9 +81,10 @@ def prepare(
     decoded = decode_image(data, limits, source=source)
     cropped, _ = resize_crop(decoded.image, resolution, crop)
     plain = torch.from_numpy(to_array(cropped)).permute(2, 0, 1)
-    pixels = plain if raw else normalised(plain)
+    # Turned and mirrored while they are bytes: a quarter of the memory of what they become.
+    plain = plain.flip(-1).contiguous() if flip else plain.contiguous()
     return Prepared(
-        pixels=pixels.flip(-1).contiguous() if flip else pixels.contiguous(),
+        pixels=plain if raw else normalised(plain),
         original=decoded.original_size,
         crop=crop_corner(decoded.original_size, resolution, crop, flip=flip),
     )

@@ -1,6 +1,6 @@
 """Safe decoding of pictures and video, and the one resize rule.
 
-Needs Pillow and NumPy; PyAV only when a video is opened, torch only when a tensor is asked for.
+Needs Pillow and NumPy; PyAV only when a video is opened.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mmalign.media.decode import (
 )
 from mmalign.media.errors import IMAGE_REASONS, VIDEO_REASONS, MediaError
 from mmalign.media.perturbations import PERTURBATIONS, RATES, Perturbed, distinct_rates, perturb, perturbed
-from mmalign.media.resize import RESIZE_RULE, Crop, cover_geometry, resize_crop, to_array, to_tensor01
+from mmalign.media.resize import RESIZE_RULE, Crop, cover_geometry, resize_crop, to_array
 from mmalign.media.samplers import Sampler
 from mmalign.media.sniff import Kind, image_kind
 from mmalign.media.video import Frames, VideoFacts, all_frames, decode_video, inspect_video, video_fields
@@ -57,6 +57,5 @@ __all__ = [
     "resize_crop",
     "stored_to_rgb",
     "to_array",
-    "to_tensor01",
     "video_fields",
 ]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 from PIL import Image
-
-if TYPE_CHECKING:
-    import torch
 
 RESIZE_RULE: Final = "cover-bicubic-box"
 """Name of the rule, for cache fingerprints; it changes whenever the pixels would."""
@@ -66,10 +63,3 @@ def resize_crop(
 def to_array(image: Image.Image) -> np.ndarray:
     """RGB picture to uint8 ``[H, W, 3]``."""
     return np.array(image if image.mode == "RGB" else image.convert("RGB"), dtype=np.uint8)
-
-
-def to_tensor01(image: Image.Image) -> torch.Tensor:
-    """RGB picture to float32 ``[3, H, W]`` in [0, 1]."""
-    import torch
-
-    return torch.from_numpy(to_array(image)).permute(2, 0, 1).to(torch.float32).div_(255.0)
