@@ -8,8 +8,8 @@ for the same number of steps at the same rate. All arms and seeds are measured o
 greedy answers. ``sft`` is continued fine-tuning on the chosen reports alone: the control that any gain of a preference
 objective has to beat. ``dpo_lc`` is ``dpo`` on pairs of the length-controlled judge. Intervals are 95 % bootstrap intervals
 over studies (or questions), each averaged over the seeds; changes are paired with the starting model. Finished parts are kept
-and not made again, so arms and seeds may be run by processes of their own, one seed's data first (``--arms data``). NOT A
-MEDICAL DEVICE.
+and not made again, so arms and seeds may be run by processes of their own, one seed's data first (``--arms data``); ``--arms
+table`` prints the table of what is there. NOT A MEDICAL DEVICE.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from mmalign.rewards.answers import judgements, load_judge
 from mmalign.rewards.findings import FindingCounts, count_findings, load_extractor
 from mmalign.statistics import Interval, mean_interval, paired_difference, ratio_interval
 
-HELD_OUT, QUESTIONS = 250, 300
+HELD_OUT, QUESTIONS = 200, 200
 MAX_NEW_TOKENS, ANSWER_TOKENS, TOGETHER = 96, 16, 128
 LENGTH_JUDGE = "cxr-report-lc"
 
@@ -65,13 +65,14 @@ ARMS = (
 
 def studies(out: Path, seed: int, options: argparse.Namespace) -> Path:
     """Studies and pairs of a seed, made once."""
-    folder = out / f"data-{seed}"
-    train, done = folder / "train", folder / "pairs.json"
-    if done.exists():
+    folder = options.work / f"data-{seed}"
+    train, done = folder / "train", out / f"pairs-{seed}.json"
+    if done.exists() and (train / "pairs").exists():
         return folder
-    demo_cxr.prepare_studies(
-        folder, seed=seed, studies=options.studies, held_out=HELD_OUT, questions=QUESTIONS, held_out_seed=options.held_out
-    )
+    if not (train / "candidates").exists():
+        demo_cxr.prepare_studies(
+            folder, seed=seed, studies=options.studies, held_out=HELD_OUT, questions=QUESTIONS, held_out_seed=options.held_out
+        )
     if not (train / "pairs").exists():
         demo_cxr.make_pairs(folder, seed=seed, device="cpu", progress=False)
     from mmalign.sampling.judging import judge_lists
@@ -99,7 +100,7 @@ def experiment(arm: Arm, data: Path, folder: Path, seed: int, options: argparse.
         f"run.out={folder}",
     ]  # fmt: skip
     if arm.method == "cxr_dpo":
-        overrides += ["evaluate.reports=null", "evaluate.tasks={}"]
+        overrides += ["evaluate.reports=null", "evaluate.tasks=null"]
     return load_experiment(f"configs/tiny/{arm.method}.yaml", overrides)
 
 
@@ -129,7 +130,7 @@ def run(arm: Arm | None, seed: int, out: Path, options: argparse.Namespace) -> d
         family = load_any(loaded.config, torch.device("cpu"))
         result = measure(family, family.network, data / "held_out")
     else:
-        folder = out / name
+        folder = options.work / name
         if not (folder / "summary.json").exists():
             resume = (folder / "config.yaml").exists()
             train_experiment(experiment(arm, data, folder, seed, options), resume=resume, page=False, evaluate=False)
@@ -215,8 +216,12 @@ def shown(value: Interval, *, sign: bool = False, scale: float = 100) -> str:
 
 def tell(options: argparse.Namespace) -> None:
     """The table of what is there."""
-    out = options.out
-    held_out = out / f"data-{options.seeds[0]}" / "held_out"
+    out, drawn = options.out, options.work / "held_out"
+    held_out = drawn / "held_out"
+    if not held_out.exists():
+        demo_cxr.prepare_studies(
+            drawn, seed=0, studies=1, held_out=HELD_OUT, questions=QUESTIONS, held_out_seed=options.held_out
+        )
     base = figures(run(None, options.seeds[0], out, options), held_out)
     print("\n| | judge score | length-controlled | finding F1 | words / reference | questions | change of score | "
           "change, length-controlled | change of F1 | change of questions |")  # fmt: skip
@@ -234,33 +239,34 @@ def tell(options: argparse.Namespace) -> None:
             )
             print(f"  score/F1 by seed: {seeds}; unreadable reports: {sum(one.unreadable for one in runs)}")
     for seed in options.seeds:
-        if (out / f"data-{seed}" / "pairs.json").exists():
-            print(f"seed {seed}: {(out / f'data-{seed}' / 'pairs.json').read_text()}")
+        if (out / f"pairs-{seed}.json").exists():
+            print(f"seed {seed}: {(out / f'pairs-{seed}.json').read_text()}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [arm.name for arm in ARMS]
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=["data", *names], default=names)
+    parser.add_argument("--arms", nargs="+", choices=["data", "table", *names], default=names)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--lr", type=float, default=4e-4)
     parser.add_argument("--studies", type=int, default=demo_cxr.STUDIES)
     parser.add_argument("--held-out", type=int, default=0, help="which held-out studies; another number to choose settings on")
-    parser.add_argument("--out", type=Path, default=Path("runs/cxr"))
+    parser.add_argument("--out", type=Path, default=Path("runs/cxr"), help="answers as JSON, and what the table is made of")
+    parser.add_argument("--work", type=Path, help="studies, pairs and runs; default: --out")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    options.work = options.work or options.out
     options.out.mkdir(parents=True, exist_ok=True)
     plan = {"steps": options.steps, "lr": options.lr, "studies": options.studies, "held_out": options.held_out}
     stated = options.out / "plan.json"
     if stated.exists() and json.loads(stated.read_text()) != plan:
         raise SystemExit(f"{options.out} holds runs made with {stated.read_text().strip()}; choose another --out")
     write(stated, plan)
-    for seed in options.seeds:
+    for seed in options.seeds if options.arms != ["table"] else ():
         studies(options.out, seed, options)
-        for arm in ARMS:
-            if arm.name in options.arms:
-                run(arm, seed, options.out, options)
+        for arm in (arm for arm in ARMS if arm.name in options.arms):
+            run(arm, seed, options.out, options)
     if options.arms != ["data"]:
         tell(options)
 

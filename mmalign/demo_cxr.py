@@ -8,7 +8,7 @@ program.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ def demo_reports(folder: Path, experiment: Path, *, seed: int, overrides: Sequen
     from mmalign.experiment.settings import load_experiment
     from mmalign.report import build_report
     from mmalign.report.files import read_json
+    from mmalign.report.reports import reports_text
 
     data = folder / "data"
     prepare_studies(data, seed=seed)
@@ -103,31 +104,11 @@ def demo_reports(folder: Path, experiment: Path, *, seed: int, overrides: Sequen
     opened.evaluate()
     page = build_report(folder)
     summary = read_json(folder / "summary.json")
-    print(headline(summary, page))
+    print(reports_text(summary))
+    print(f"report: {page}")
     return RunResult(folder=folder, metrics=result.metrics, summary=summary)
 
 
 def overrides_for_control(overrides: Sequence[str]) -> list[str]:
     """Those that mean something to the control too: not the method's own settings, nor the evaluation's."""
     return [item for item in overrides if item.partition(".")[0] not in ("method", "evaluate", "reference")]
-
-
-def headline(summary: Mapping[str, Any], page: Path) -> str:
-    """What a person reads at the end: one line a model."""
-
-    def shown(value: Mapping[str, float], form: str = ".3f") -> str:
-        return f"{value['mean']:{form}} ({value['low']:{form}} to {value['high']:{form}})"
-
-    reports = summary["reports"]
-    columns = ("judge score", "length-controlled", "finding F1", "words / reference")
-    lines = [f"{'held-out studies: ' + str(reports['reports']):<24}" + "".join(f"{column:>26}" for column in columns)]
-    for name, model in reports["models"].items():
-        judge = model["judges"][JUDGE]
-        cells = (judge["score"], judge["length_controlled"], model["findings"]["micro_f1"],
-                 model["lengths"]["verbosity_vs_reference"])  # fmt: skip
-        lines.append(f"{name:<24}" + "".join(f"{shown(cell):>26}" for cell in cells))
-    for name, task in (summary.get("tasks") or {}).items():
-        right = ", ".join(f"{model} {shown(found['accuracy'])}" for model, found in task["models"].items())
-        lines.append(f"{name}: {right}")
-    lines += [f"not computed: {name}: {why}" for name, why in reports["absent"].items()]
-    return "\n".join([*lines, "95 % intervals in brackets", f"report: {page}"])

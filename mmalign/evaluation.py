@@ -27,6 +27,7 @@ from mmalign.report.figures import (
     RewardFigures,
 )
 from mmalign.report.folder import read_lines
+from mmalign.report.reports import reports_text
 from mmalign.report.table import table
 from mmalign.report.warnings import collect
 from mmalign.statistics import mean_interval, paired_difference, win_rate
@@ -349,10 +350,15 @@ def evaluate(run_or_config: str | Path, overrides: Sequence[str] = ()) -> str:
     if not path.is_file():
         run = experiment.open_run(path, overrides)
         run.evaluate()
-        figures = EvaluationFigures.from_dict(files.read_json(run.folder / "summary.json")["evaluation"])
+        summary = files.read_json(run.folder / "summary.json")
         build_report(run.folder)
-        return table(figures)
+        return _told(summary)
     done = experiment.run(path, [*overrides, "optim.steps=0"])
     if "evaluation" not in done.summary:
         raise ConfigError("evaluate.prompts, evaluate.rewards: both are needed for an evaluation", str(path))
-    return table(EvaluationFigures.from_dict(done.summary["evaluation"]))
+    return _told(done.summary)
+
+
+def _told(summary: Mapping[str, Any]) -> str:
+    """What the command prints: rewards, then reports, tasks and a notice where there are any."""
+    return "\n".join(filter(None, (table(EvaluationFigures.from_dict(summary["evaluation"])), reports_text(summary))))

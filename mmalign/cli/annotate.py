@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 def annotate(
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="A table of ranked lists or of pairs, or of lists of answers.")],
     reward: Annotated[
-        str, typer.Option(help="Reward names, or names of judges of answers, comma-separated; see 'mmalign rewards list'.")
+        str, typer.Option(help="Reward names, or judges of answers (mmalign list judges), comma-separated.")
     ],
     out: Annotated[Path, typer.Option(help="Folder of the new table.")],
     path: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER: local weights of a reward; may be repeated.")] = None,

@@ -151,6 +151,9 @@ def _ending(result: RunResult, *, headline: bool = True) -> int:
         return 0
     for warning in result.summary.get("warnings") or ():
         typer.echo(f"warning: {warning}", err=True)
+    notice = result.summary.get("notice")
+    if notice:
+        typer.echo(str(notice))
     win = result.summary.get("win_rate")
     if headline and isinstance(win, Mapping):
         mean, low, high = (f"{win[name]:.1%}" for name in ("mean", "low", "high"))

@@ -11,7 +11,7 @@ import typer
 
 from mmalign.registry import Registry
 
-Kind = Literal["methods", "objectives", "models", "formats", "samplers"]
+Kind = Literal["methods", "objectives", "models", "formats", "samplers", "judges"]
 _GAP = "  "
 
 
@@ -21,9 +21,9 @@ def register(app: typer.Typer) -> None:
 
 
 def list_names(
-    what: Annotated[Kind, typer.Argument(metavar="methods|objectives|models|formats|samplers", help="Which names to list.")],
+    what: Annotated[Kind, typer.Argument(metavar="methods|objectives|models|formats|samplers|judges", help="What to list.")],
 ) -> None:
-    """List methods, objectives, model families, data formats or samplers of answers.
+    """List methods, objectives, model families, data formats, or samplers or judges of answers.
 
     Rewards have a command of their own: mmalign rewards list.
     """
@@ -66,6 +66,10 @@ def _registry(what: Kind) -> Registry[Any]:
         from mmalign.sampling import ANSWER_SAMPLERS
 
         return ANSWER_SAMPLERS
+    if what == "judges":
+        from mmalign.rewards.answers import ANSWER_JUDGES
+
+        return ANSWER_JUDGES
     from mmalign.data import FORMATS
 
     return FORMATS

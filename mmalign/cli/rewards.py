@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
 
 
 def list_rewards() -> int:
-    """Every reward with a one-line meaning."""
+    """Every reward with a one-line meaning. Judges of answers: mmalign list judges."""
     from mmalign import rewards
 
     width = max(len(name) for name in rewards.list())

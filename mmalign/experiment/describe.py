@@ -35,7 +35,8 @@ def check(path: str | Path, overrides: Sequence[str] = ()) -> str:
     if problems:
         raise ConfigError(problems, experiment.source)
     require_trackers(config)
-    return "\n".join([f"{experiment.source}: valid", "", *_lines(experiment)])
+    notice = METHODS.get(config.method_name).notice
+    return "\n".join([f"{experiment.source}: valid", "", *_lines(experiment), *(["", notice] if notice else [])])
 
 
 def _files(config: ExperimentConfig) -> list[str]:

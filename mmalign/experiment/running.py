@@ -21,6 +21,7 @@ from mmalign.experiment.samples import samples_of
 from mmalign.experiment.settings import Experiment, ExperimentConfig, load_experiment
 from mmalign.experiment.trackers import AccelerateTracker, bar, note_of, require_trackers
 from mmalign.experiment.users import write_store
+from mmalign.trainers import METHODS
 
 PRECISION = {"fp32": "no", "bf16": "no", "fp16": "fp16"}
 """Autocast is the family's; accelerate only has to scale the loss for fp16 on a GPU."""
@@ -228,6 +229,9 @@ def _summary(
         from mmalign.experiment.vlm_inputs import media_counts
 
         summary["media"] = media_counts(parts)
+    notice = METHODS.get(config.method_name).notice
+    if notice:
+        summary["notice"] = notice
     write_json(path, summary)
     return summary
 

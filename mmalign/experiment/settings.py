@@ -139,7 +139,7 @@ class EvaluateConfig(Section):
     """Methods on answers: of sampled answers; 0 takes the most likely token."""
     reports: ReportsConfig | None = None
     """Methods on answers: also compare findings, errors and lengths with reference reports."""
-    tasks: dict[str, str] = Field(default_factory=dict)
+    tasks: dict[str, str] | None = None
     """Methods on answers: held-out tasks that alignment must not harm, by name: tables of questions with right answers."""
     judge_options: dict[str, Any] = Field(default_factory=dict)
     """Methods on answers: settings of judges that are models, e.g. {green-api.retries: 8}."""

@@ -60,7 +60,7 @@ def _held_out(config: ExperimentConfig) -> list[str]:
     from mmalign.rewards.findings import load_extractor
 
     problems: list[str] = []
-    for name, source in config.evaluate.tasks.items():
+    for name, source in (config.evaluate.tasks or {}).items():
         try:
             task_records(name, source)
         except ConfigError as error:

@@ -6,9 +6,11 @@ written once, into ``samples/media``, so that the report can show them.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -19,7 +21,7 @@ from mmalign.data.vlm import open_vlm
 from mmalign.data.vlm_rows import RowProblem
 from mmalign.errors import ConfigError, DataError, ModelError
 from mmalign.experiment.settings import ExperimentConfig
-from mmalign.media import MediaError, image_kind, read_bytes
+from mmalign.media import MediaError, decode_image, image_kind, read_bytes
 from mmalign.models.vlm.base import VlmFamily
 from mmalign.types import ImageRef
 
@@ -107,6 +109,8 @@ class AnswerSamples:
                 continue
             try:
                 data, _ = read_bytes(ref)
+                if image_kind(data) is None:  # a radiograph as DICOM, which browsers do not show
+                    data = _png(decode_image(data).image)
             except MediaError:
                 continue  # the answer was given, so the picture was there a moment ago; the page shows the rest
             kind = image_kind(data)
@@ -118,6 +122,12 @@ class AnswerSamples:
                 path.write_bytes(data)
             found.append(relative)
         return found
+
+
+def _png(picture: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def ask(

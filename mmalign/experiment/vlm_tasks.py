@@ -50,7 +50,7 @@ def task_records(name: str, source: str) -> list[BranchRecord]:
 def evaluate_tasks(run: OpenRun, networks: Mapping[str, Any]) -> dict[str, Any]:
     """Accuracy of every network on every task of `evaluate.tasks`, with its change against the base."""
     found = {}
-    for name, source in run.config.evaluate.tasks.items():
+    for name, source in (run.config.evaluate.tasks or {}).items():
         records = task_records(name, source)
         said = {
             model: [one[0] for one in ask(run.config, run.family, network, records)] for model, network in networks.items()

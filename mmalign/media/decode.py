@@ -2,8 +2,8 @@
 
 The header's size is checked before any pixel is decoded. Colour policy: alpha is composited over white, 16-bit grey values
 are divided by 257 and rounded, 16-bit colours are what Pillow makes of them (the high byte), CMYK and palettes are converted,
-EXIF rotation is applied (`Colours` has other ways for alpha and rotation); embedded colour profiles are not. Each of these is
-recorded as a flag. Not for video.
+EXIF rotation is applied (`Colours` has other ways for alpha and rotation); embedded colour profiles are not. DICOM files are
+shown as they say (``media.dicom``). Each of these is recorded as a flag. Not for video.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
+from mmalign.media.dicom import MIME, decode_dicom, is_dicom
 from mmalign.media.errors import MediaError
 from mmalign.media.sniff import JPEG, PNG, TIFF, Kind, describe_foreign, image_kind, looks_cut
 
@@ -99,7 +100,8 @@ class Decoded:
     original_size: tuple[int, int]
     """(height, width) in pixels, after rotation."""
     flags: tuple[str, ...]
-    """Any of alpha, 16bit, cmyk, palette, grey, exif_rotated, exif_unreadable, animated, multipage."""
+    """Any of alpha, 16bit, cmyk, palette, grey, exif_rotated, exif_unreadable, animated, multipage; of DICOM files those of
+    ``media.dicom`` too."""
     mime: str
     """From the bytes, never from the name."""
     stored: Image.Image | None = None
@@ -147,6 +149,8 @@ def decode_image(
     if not data:
         raise MediaError(reason="empty_image", detail="zero bytes", source=source)
     kind = image_kind(data)
+    if kind is None and is_dicom(data):
+        return _radiograph(data, limits, source)
     if kind is None:
         raise MediaError(reason="unsupported_format", detail=describe_foreign(data), source=source)
     with strict_decoding():
@@ -164,6 +168,15 @@ def decode_image(
             raise MediaError(reason="unsupported_format", detail=str(error), source=source) from error
         except _DECODE_ERRORS as error:
             raise MediaError(reason=_classify(error, data, kind), detail=_words(error), source=source) from error
+
+
+def _radiograph(data: bytes, limits: Limits, source: str) -> Decoded:
+    """A DICOM file as the file itself says it should be shown, in 256 grey values."""
+    found = decode_dicom(data, source=source, max_pixels=limits.max_pixels)
+    height, width = found.grey.shape
+    _check_size((width, height), limits, source)
+    flags = (*found.flags, "grey", *(["16bit"] if found.is_deep else []))
+    return Decoded(image=Image.fromarray(found.grey).convert("RGB"), original_size=(height, width), flags=flags, mime=MIME)
 
 
 def stored_to_rgb(image: Image.Image, colours: Colours = PLAIN) -> Image.Image:

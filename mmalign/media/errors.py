@@ -13,6 +13,9 @@ IMAGE_REASONS: Final = (
     "missing_image",
     "unsupported_format",
     "too_large",
+    "dicom_photometric",
+    "dicom_frames",
+    "dicom_missing_tag",
 )
 VIDEO_REASONS: Final = ("unreadable_video", "no_video_stream", "frame_timeout")
 

@@ -19,6 +19,7 @@ from mmalign.report.folder import RunData, read_lines
 from mmalign.report.pictures import embed
 from mmalign.report.results import tone
 from mmalign.report.section import Section
+from mmalign.trainers import METHODS
 
 SHOWN = 10
 """Questions shown unpicked."""
@@ -71,7 +72,8 @@ def answers(run: RunData) -> Section:
 def has_answers(run: RunData) -> bool:
     """Whether the run trained a model that answers: then pictures from noise have no part in its page."""
     method = run.config.get("method")
-    return isinstance(method, Mapping) and (str(method.get("name", "")).startswith("vlm_") or method.get("name") == "sft")
+    name = str(method.get("name", "")) if isinstance(method, Mapping) else ""
+    return name in METHODS.names() and METHODS.get(name).batches.startswith("vlm_")
 
 
 def _rows(run: RunData, problems: list[str]) -> tuple[list[dict[str, Any]], str]:
@@ -93,17 +95,19 @@ def _rows(run: RunData, problems: list[str]) -> tuple[list[dict[str, Any]], str]
     return rows, ""
 
 
-def _score(row: Mapping[str, Any], judge: str, model: str) -> float:
+def score_of(row: Mapping[str, Any], judge: str, model: str) -> float:
+    """A judge's score of a model's answer, NaN where there is none."""
     value = ((row.get("scores") or {}).get(judge) or {}).get(model)
     return float(value) if isinstance(value, int | float) else math.nan
 
 
 def _gain(row: Mapping[str, Any], judge: str) -> float:
-    return _score(row, judge, ALIGNED) - _score(row, judge, BASE)
+    return score_of(row, judge, ALIGNED) - score_of(row, judge, BASE)
 
 
-def _question(folder: Path, row: Mapping[str, Any], judge: str, problems: list[str]) -> Question:
-    pictures = []
+def pictures_of(folder: Path, row: Mapping[str, Any], problems: list[str]) -> tuple[Mapping[str, Any], ...]:
+    """The first pictures of a row, embedded; what cannot be shown goes to `problems`."""
+    pictures: list[Mapping[str, Any]] = []
     for name in list(row.get("media") or ())[:PICTURES]:
         path = folder / str(name)
         if not path.resolve().is_relative_to(folder.resolve()):
@@ -116,14 +120,18 @@ def _question(folder: Path, row: Mapping[str, Any], judge: str, problems: list[s
             problems.append(f"{name} cannot be shown: {error}")
             continue
         pictures.append({"source": source, "width": width, "height": height})
+    return tuple(pictures)
+
+
+def _question(folder: Path, row: Mapping[str, Any], judge: str, problems: list[str]) -> Question:
     said = []
     for number, (model, text) in enumerate(row["answers"].items()):
-        score = _score(row, judge, model)
+        score = score_of(row, judge, model)
         said.append(
             Said(model=model, tone=tone(model) if model in (BASE, ALIGNED, "control") else f"t{number}", text=str(text),
                  score=words.number(score) if math.isfinite(score) else "", words=len(str(text).split()))
         )  # fmt: skip
-    return Question(text=str(row.get("question", "")), pictures=tuple(pictures), said=tuple(said))
+    return Question(text=str(row.get("question", "")), pictures=pictures_of(folder, row, problems), said=tuple(said))
 
 
 def _lengths(summary: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -155,4 +163,4 @@ def _range(value: Mapping[str, float]) -> str:
     return f"{words.number(value['low'])} to {words.number(value['high'])}"
 
 
-__all__: Sequence[str] = ["answers", "has_answers"]
+__all__: Sequence[str] = ["answers", "has_answers", "pictures_of", "score_of"]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mmalign import __version__
-from mmalign.report import answers, files, people, pictures, provenance, results, training
+from mmalign.report import answers, files, people, pictures, provenance, reports, results, training
 from mmalign.report.folder import RunData, read_run
 from mmalign.report.section import Section
 
@@ -15,6 +15,7 @@ SECTIONS: tuple[Callable[[RunData], Section], ...] = (
     results.findings,
     people.people,
     pictures.before_after,
+    reports.reports,
     answers.answers,
     results.rewards,
     training.curves,
@@ -76,4 +77,6 @@ def _worth_showing(run: RunData, section: Section) -> bool:
         return people.is_personal(run) or not section.missing
     if section.id in ("answers", "pictures", "timeline") and section.missing:
         return section.id == "answers" if answers.has_answers(run) else section.id != "answers"
+    if section.id == "reports":
+        return not section.missing
     return section.id != "notes" or bool(section.values["findings"] or section.values["problems"])

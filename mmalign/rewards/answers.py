@@ -133,7 +133,7 @@ def require_judge(name: str, options: Mapping[str, Any] | None = None) -> None:
     if not isinstance(made, Loads):  # made at once, or when first asked
         load_judge(name, options)
     elif not argument:
-        raise RewardError(f"judge '{head}' needs a name behind a colon; see 'mmalign rewards list'")
+        raise RewardError(f"judge '{head}' needs a name behind a colon; see 'mmalign list judges'")
     elif made is LENGTH_CONTROLLED:
         require_judge(argument)
 

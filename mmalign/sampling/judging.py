@@ -90,7 +90,7 @@ def judge_lists(
     from mmalign.rewards.answers import load_judge
 
     if not judges:
-        raise DataError("annotate: name at least one judge; see 'mmalign rewards list'")
+        raise DataError("annotate: name at least one judge; see 'mmalign list judges'")
     table = open_vlm(source, progress=progress)
     held = score_names(table)
     _require_new(source, table, judges, held)

@@ -40,6 +40,9 @@ for _name, _target, _summary, _cite in (
     ("rlhfv", "rlhf:RlhfvReader", "RLHF-V", "arXiv:2312.00849"),
     ("rlaifv", "rlhf:RlaifvReader", "RLAIF-V", "arXiv:2405.17220"),
     ("vlfeedback", "rlhf:VlfeedbackReader", "VLFeedback: rated answers", "arXiv:2312.10665"),
+    ("mimic-cxr", "radiology:MimicCxrReader", "MIMIC-CXR's folders: studies with reports, DICOM or JPEG", "arXiv:1901.07042"),
+    ("chexpert", "radiology:ChexpertReader", "CheXpert's tables: reports of CheXpert Plus, or questions from labels",
+     "arXiv:1901.07031"),
     ("temple", "temple:TempleReader", "TEMPLE's captions of clips and treated clips", "arXiv:2503.16929"),
 ):  # fmt: skip
     FORMATS.add(_name, f"mmalign.data.formats.{_target}", summary=_summary, cite=_cite)
