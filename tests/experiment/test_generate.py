@@ -86,7 +86,7 @@ def test_an_interrupted_run_goes_on_and_other_settings_are_not_mixed_in(
     tiny_folder: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(tiny_folder, tmp_path)
-    real, made = module._sample, []
+    real, made = module.sample_candidates, []
 
     def stops(*arguments: object) -> object:
         if len(made) == 3:
@@ -94,11 +94,11 @@ def test_an_interrupted_run_goes_on_and_other_settings_are_not_mixed_in(
         made.append(1)
         return real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "_sample", stops)
+    monkeypatch.setattr(module, "sample_candidates", stops)
     with pytest.raises(KeyboardInterrupt):
         generate(config, progress=False)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(module, "_sample", real)
+    monkeypatch.setattr(module, "sample_candidates", real)
     with pytest.raises(DataError, match="other settings"):
         generate(settings(tiny_folder, tmp_path, seed=6), progress=False)
     report = generate(settings(tiny_folder, tmp_path), progress=False)
