@@ -31,7 +31,7 @@ from mmalign.scoring.pal import fit_pal
 from mmalign.scoring.pal_users import measure_pal
 from mmalign.statistics import Interval, mean_interval
 
-SHOTS = (0, 2, 4, 8, 16, 32)
+SHOTS = (0, 4, 8, 16, 32)
 PROTOTYPES = 4
 VOTERS, NEW_VOTERS = 60, 24
 TRAIN_PROMPTS, TEST_PROMPTS = 400, 250
