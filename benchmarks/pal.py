@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import pal_world as sim
 
-from mmalign.rewards.pal.settings import HeadConfig, PalConfig
+from mmalign.rewards.pal.settings import HeadConfig, PalConfig, PalOptimConfig
 from mmalign.scoring.pal import fit_pal
 from mmalign.scoring.pal_users import measure_pal
 from mmalign.statistics import Interval, mean_interval
@@ -46,12 +46,14 @@ def main() -> None:
     parser.add_argument("--worlds", nargs="+", default=list(sim.WORLDS), choices=sim.WORLDS)
     parser.add_argument("--out", type=Path, default=Path("runs/pal-benchmark"), help="folder of the parts' results")
     parser.add_argument("--plot", type=Path, help="SVG to write")
+    parser.add_argument("--user-prior", type=float, default=PalOptimConfig().user_prior, help="of the fits")
     parser.add_argument("--tables", action="store_true", help="make no part, only the tables")
     asked = parser.parse_args()
     if not asked.tables:
         asked.out.mkdir(parents=True, exist_ok=True)
         for seed in asked.seeds:
-            run_seed(seed, [world for world in asked.worlds if not part_file(asked.out, world, seed).exists()], asked.out)
+            run_seed(seed, [world for world in asked.worlds if not part_file(asked.out, world, seed).exists()], asked.out,
+                     asked.user_prior)  # fmt: skip
     found = [json.loads(file.read_text()) for file in sorted(asked.out.glob("pal-*.json"))]
     if not found:
         sys.exit(f"{asked.out}: no results")
@@ -65,7 +67,7 @@ def part_file(out: Path, world: str, seed: int) -> Path:
     return out / f"pal-{world}-{seed}.json"
 
 
-def run_seed(seed: int, worlds: Sequence[str], out: Path) -> None:
+def run_seed(seed: int, worlds: Sequence[str], out: Path, user_prior: float) -> None:
     """All worlds of one seed share the pictures; voters and votes are each world's own."""
     if not worlds:
         return
@@ -73,13 +75,16 @@ def run_seed(seed: int, worlds: Sequence[str], out: Path) -> None:
     for world in worlds:
         start = time.process_time()
         with tempfile.TemporaryDirectory() as folder:
-            result = run_world(world, seed, train, test, Path(folder))
+            result = run_world(world, seed, (train, test), Path(folder), user_prior)
         result["cpu_seconds"] = round(time.process_time() - start, 1)
         part_file(out, world, seed).write_text(json.dumps(result, indent=1))
         print(f"{world}, seed {seed}: {result['cpu_seconds']} s", flush=True)
 
 
-def run_world(world: str, seed: int, train: sim.Pool, test: sim.Pool, folder: Path) -> dict[str, Any]:
+def run_world(
+    world: str, seed: int, pools: tuple[sim.Pool, sim.Pool], folder: Path, user_prior: float
+) -> dict[str, Any]:
+    train, test = pools
     known, new = sim.tastes(world, VOTERS, seed, "known"), sim.tastes(world, NEW_VOTERS, seed, "new")
     votes = {
         "train": (train, sim.vote(train, known, sim.VOTES_PER_VOTER, seed, f"{world}/train"), "known"),
@@ -95,7 +100,7 @@ def run_world(world: str, seed: int, train: sim.Pool, test: sim.Pool, folder: Pa
             continue
         config = PalConfig(
             encoder="tiny-clip", pairs=str(folder / "train"), out=str(folder / f"pal-{variant}"), seed=seed, device="cpu",
-            head=HeadConfig(variant=variant, prototypes=PROTOTYPES),
+            head=HeadConfig(variant=variant, prototypes=PROTOTYPES), optim=PalOptimConfig(user_prior=user_prior),
         )  # fmt: skip
         report = fit_pal(config, progress=False)
         train_accuracy = {name: row["train"] for name, row in report.rows.items()}

@@ -184,7 +184,7 @@ def opposite(users: int, each: int, seed: int = 0) -> Choices:
     )  # fmt: skip
 
 
-SETTINGS = PalOptimConfig(epochs=8, patience=8, batch_size=64, lr=0.15, user_lr=0.2)
+SETTINGS = PalOptimConfig(epochs=8, patience=8, batch_size=64, lr=0.15, user_lr=0.2, user_prior=0.3)
 
 
 @pytest.mark.parametrize(("variant", "loss"), [("b", "logistic"), ("a", "hinge")])

@@ -48,7 +48,7 @@ class PalOptimConfig(Section):
     """At most; see patience."""
     patience: int = 8
     """Epochs without a lower validation loss before it stops; the best epoch is kept."""
-    user_prior: float = 0.3
+    user_prior: float = 2.0
     """Pull of a user's logits to the mean of all: half of this times their squared distance, in pairs. Keeps the weights of users
     with few pairs near everybody's."""
     noise: float = 0.5
