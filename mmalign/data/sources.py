@@ -92,7 +92,9 @@ def prepare(
 
 def normalised(pixels: Tensor) -> Tensor:
     """Bytes as float32 in [-1, 1], on whatever device they are; the same numbers on all of them."""
-    return pixels.to(torch.float32).div_(255.0).mul_(2.0).sub_(1.0)
+    # By a plain number, CUDA multiplies with its reciprocal, which rounds otherwise than the division on a CPU.
+    largest = torch.full((), 255.0, device=pixels.device)
+    return pixels.to(torch.float32).div_(largest).mul_(2.0).sub_(1.0)
 
 
 class PixelReader:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmalign.engine.loop import Callbacks, Loop
 from mmalign.engine.settings import OptimConfig, RunConfig
@@ -88,8 +89,11 @@ def test_a_bfloat16_step_is_close_to_a_float32_step(tiny_folder: Folders, varian
     for dtype in ("fp32", "bf16"):
         family = load(variant, tiny_folder(variant), device=cuda(), dtype=dtype)
         policy = lora_policy(family)
-        out = trainer(family, policy, 20.0).training_step(pair_batch(4), context())
-        out.loss.backward()
+        # On an H200 with torch 2.11 the kernel preferred for bfloat16 gives gradients that are no numbers for the heads of 16
+        # that these tiny FLUX folders have (real ones have 128); the other two give what they should.
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            out = trainer(family, policy, 20.0).training_step(pair_batch(4), context())
+            out.loss.backward()
         grads = gradients(policy)
         assert all(value.dtype is torch.float32 and torch.isfinite(value).all() for value in grads.values())
         losses.append(out.metrics["policy_chosen"].item())
