@@ -139,3 +139,9 @@ def test_the_version_is_stated_once() -> None:
     except metadata.PackageNotFoundError:
         pytest.skip("mmalign is not installed in this environment, only on its path")
     assert installed == mmalign.__version__
+
+
+def test_embedded_models_hold_no_path_of_the_machine_that_made_them() -> None:
+    configurations = sorted((ROOT / "assets").rglob("*.json"))
+    assert configurations
+    assert [path.relative_to(ROOT) for path in configurations if "_name_or_path" in path.read_text(encoding="utf-8")] == []

@@ -55,6 +55,14 @@ def save_module(module: Any, folder: Path) -> None:
     module.float()
 
 
+def forget_paths(folder: Path) -> None:
+    """Take out of all configurations where their parts were loaded from: a path of this machine."""
+    for path in sorted(folder.rglob("*.json")):
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(kept, dict) and kept.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def write_card(path: Path, *, recipe: str, seed: int, seconds: float, metrics: dict[str, Any], notes: str = "") -> None:
     """Record how an artefact was made. The commit is the newest one that touched recipe or package."""
     def git(*arguments: str) -> str:

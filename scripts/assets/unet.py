@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from clip import STARTS
-from common import ASSETS, Progress, deterministic, draw_renders, rate_factor, to_signed, write_card
+from common import ASSETS, Progress, deterministic, draw_renders, forget_paths, rate_factor, to_signed, write_card
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -124,6 +124,7 @@ def main(steps: int, batch: int, report_every: int) -> None:
         module.half()
     averages[1].float()  # transformers keeps the dtype of the file, and a plain pipeline must come out float32
     pipeline.save_pretrained(FOLDER, safe_serialization=True)
+    forget_paths(FOLDER)
     write_card(
         FOLDER / "card.json", recipe="scripts/assets/unet.py", seed=SEED, seconds=progress.seconds,
         metrics={"oracle_on_256_held_out_prompts": metrics, "steps": steps, "batch": batch},
