@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=["data", "table", *names], default=names)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--studies", type=int, default=demo_cxr.STUDIES)
     parser.add_argument("--held-out", type=int, default=0, help="which held-out studies; another number to choose settings on")
     parser.add_argument("--out", type=Path, default=Path("runs/cxr"), help="answers as JSON, and what the table is made of")
