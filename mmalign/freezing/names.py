@@ -14,7 +14,9 @@ _PREFIXES = re.compile(
 _INSIDE = re.compile(
     r"\.(?:base_layer|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|original_module)(?=\.)"
 )
-_ADDED = re.compile(r"(?:^|\.)(?:lora_|hada_|lokr_|ia3_|oft_|boft_|vera_|vblora_|trainable_tokens_|modules_to_save\.)")
+_ADDED = re.compile(
+    r"(?:^|\.)(?:lora_|hada_|lokr_|ia3_|oft_|boft_|vera_|vblora_|trainable_tokens_|modules_to_save\.|user_adapter\.)"
+)
 
 
 def canonical(name: str) -> str:

@@ -39,6 +39,7 @@ class PersonalizedDPOConfig(Section):
     soft_labels: bool = False
     """Use each pair's p_chosen as its label instead of 1."""
     users: UsersConfig
+    """Where embeddings come from, and the attention over them."""
     user_dropout: float = 0.1
     """Share of the rows whose user is left out, in [0, 1)."""
     null: Literal["base", "population"] = "base"

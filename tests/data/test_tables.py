@@ -142,8 +142,10 @@ def test_what_is_no_table(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(DataError, match="not a table"):
         open_table(tmp_path / "notes.txt")
-    make_jsonl(tmp_path / "loose", 1)
-    with pytest.raises(DataError, match=r"give the file itself: .*pairs.jsonl"):
+    made = make_jsonl(tmp_path / "loose", 1)
+    assert len(open_table(tmp_path / "loose")) == 1  # a folder of votes stands for its pairs.jsonl
+    made.rename(tmp_path / "loose" / "other.jsonl")
+    with pytest.raises(DataError, match=r"give the file itself: .*other.jsonl"):
         open_table(tmp_path / "loose")
 
 

@@ -116,12 +116,17 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("name", [name for name in PAIRS if name != "diffusion_sft"])
-def test_every_method_on_pairs(name: str, train: Train, mask_file: Path, tmp_path: Path) -> None:
+def test_every_method_on_pairs(name: str, train: Train, pairs: Path, mask_file: Path, tmp_path: Path) -> None:
     config = str(ROOT / "configs" / "tiny" / f"{name}.yaml")
     more = {"data__ties": "drop", "run__save_every": 1, "optim__steps": 1, "tuning": "{name: full}", "optim__ema_decay": 0.0}
     if name == "smpo":
         more["method__labels"] = "p_chosen"  # the little table holds no scores
-    run = train(tmp_path / "run", config=config, freezing__mask=mask_file, **more)
+    if name == "personalized_dpo":  # whose pairs have a user
+        rows = [json.loads(line) | {"user": "ann"} for line in pairs.read_text().splitlines()]
+        owned = pairs.with_name("with_users.jsonl")
+        owned.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = owned if name == "personalized_dpo" else pairs
+    run = train(tmp_path / "run", config=config, freezing__mask=mask_file, pairs=table, **more)
     mask = FreezeMask.load(mask_file)
     assert same_bits(mask, run / "export") == []
     assert moved(mask, run / "export")
