@@ -9,13 +9,27 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmalign.cli.engine import Engine, Gpus
+from mmalign.cli.pictures import (
+    Alpha,
+    Clip,
+    Decode,
+    DecodeWorkers,
+    Exif,
+    FastPreprocess,
+    Workers,
+    check_processes,
+    colours,
+)
 
 if TYPE_CHECKING:
-    from mmalign.media import Colours
     from mmalign.scoring.output import Report
 
 _COMMA = "comma-separated"
 PROMPT_FLAGS = ("empty_prompt", "special_token")
+Revisions = Annotated[
+    list[str] | None,
+    typer.Option(help="NAME=REVISION: branch, tag or commit of a reward's published weights; may be repeated."),
+]
 USER_FLAGS = ("no_user", "unknown_user")
 
 
@@ -34,10 +48,7 @@ def score(
     path: Annotated[
         list[str] | None, typer.Option(help="NAME=FOLDER: local weights of a reward; may be repeated.")
     ] = None,
-    revision: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=REVISION: branch, tag or commit of a reward's published weights; may be repeated."),
-    ] = None,
+    revision: Revisions = None,
     image_col: Annotated[str, typer.Option(help=f"Image columns, {_COMMA}.")] = "",
     prompt_col: Annotated[str | None, typer.Option(help="Prompt column.")] = None,
     key_col: Annotated[str | None, typer.Option(help="Column that names rows.")] = None,
@@ -57,9 +68,10 @@ def score(
     processes: Annotated[int, typer.Option(min=1, help="Processes on this machine; with --engine ray, workers.")] = 1,
     engine: Engine = "local",
     gpus: Gpus = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Decoding threads per process; by default the cores shared between them.")
-    ] = None,
+    workers: Workers = None,
+    decode_workers: DecodeWorkers = 0,
+    decode: Decode = "full",
+    fast_preprocess: FastPreprocess = False,
     ensemble: Annotated[
         list[str] | None,
         typer.Option(
@@ -71,8 +83,9 @@ def score(
         int,
         typer.Option(min=0, help="First score this many rows in fp32 too, and stop if --dtype moves scores too far."),
     ] = 0,
-    alpha: Annotated[str, typer.Option(help="Transparent pictures: over white, over black, or drop the alpha.")] = "white",
-    exif: Annotated[bool, typer.Option(help="Apply the rotation that a camera wrote.")] = True,
+    alpha: Alpha = "white",
+    exif: Exif = True,
+    clip: Clip = False,
     compile: Annotated[bool, typer.Option("--compile", help="Run image encoders through torch.compile.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first rows.")] = None,
     resume: Annotated[bool, typer.Option(help="Reuse finished parts of an earlier run.")] = True,
@@ -89,6 +102,7 @@ def score(
     names = _split(reward)
     paths = _by_name(path, "--path", "FOLDER")
     revisions = _revisions(revision, names, paths)
+    check_processes(processes, decode_workers, engine)
     columns = Columns(images=_split(image_col), prompt=prompt_col, key=key_col, fixed_prompt=prompt, user=user_col,
                       fixed_user=user, prompt_file=str(prompt_file) if prompt_file else None)  # fmt: skip
     job = Job(
@@ -97,7 +111,8 @@ def score(
         workers=workers or max(1, default_workers() // processes), resume=resume, compile=compile,
         local_files_only=local_files_only,
         ensembles=tuple(parse_ensemble(item) for item in ensemble or []), precision_check=precision_check,
-        embeddings=str(embeddings) if embeddings else None, colours=_colours(alpha, exif),
+        embeddings=str(embeddings) if embeddings else None, colours=colours(alpha, exif, clip),
+        decode_workers=decode_workers, decode=decode, fast_preprocess=fast_preprocess,
     )  # fmt: skip
     with _Bar() as bar:
         report, seconds = timed(job, processes=processes, command=" ".join(sys.argv), progress=bar,
@@ -122,16 +137,6 @@ def _revisions(items: list[str] | None, names: tuple[str, ...], paths: dict[str,
             why = "its weights are local (--path)" if name in paths else f"--reward lists {', '.join(names)}"
             raise DataError(f"--revision {name}={revisions[name]}: {why}")
     return revisions
-
-
-def _colours(alpha: str, exif: bool) -> Colours:
-    from mmalign.errors import DataError
-    from mmalign.media import Colours
-
-    try:
-        return Colours(alpha=alpha, exif=exif)
-    except ValueError as error:
-        raise DataError(f"--{error}") from error
 
 
 def _by_name(items: list[str] | None, option: str, value: str) -> dict[str, str]:

@@ -8,13 +8,8 @@ decode nothing.
 
 from __future__ import annotations
 
-import multiprocessing
-import queue
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
 import numpy as np
@@ -26,9 +21,7 @@ from mmalign.data.sources import PixelReader, Prepared, RowFailure, normalised
 from mmalign.data.tables import PairTable, open_table
 from mmalign.errors import DataError
 from mmalign.media import Limits
-
-PAUSE = 0.1
-"""Seconds between two looks whether the run has ended."""
+from mmalign.media.slots import SlotPool
 
 
 class ProcessReader:
@@ -52,18 +45,11 @@ class ProcessReader:
         if not table.path.exists():
             raise DataError(f"{table.path}: decoding in processes opens a table by its path, and this one has none")
         self.media, self.resolution, self.raw = media, resolution, False
-        height, width = resolution
-        self._shape = (slots, 2, 3, height, width)
-        self._memory = SharedMemory(create=True, size=int(np.prod(self._shape)))
-        self._pixels: np.ndarray = np.ndarray(self._shape, dtype=np.uint8, buffer=self._memory.buf)
-        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for slot in range(slots):
-            self._free.put(slot)
-        # Not fork: this process has threads (Arrow's, torch's), and a fork of them may hang.
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(
-            processes, mp_context=context, initializer=_begin,
-            initargs=(str(table.path), self._memory.name, self._shape, resolution, limits, tuple(retry_seconds)),
+        self._shape = (2, 3, *resolution)
+        self._slots = SlotPool(
+            processes=processes, slots=slots, slot_bytes=int(np.prod(self._shape)), begin=_begin,
+            arguments=(str(table.path), self._shape, resolution, limits, tuple(retry_seconds)),
+            remedy="resume the run with fewer data.workers, or with data.decode=threads",
         )  # fmt: skip
 
     def read(self, row: int, record: Any, draw: Draw, stop: threading.Event) -> tuple[Prepared, Prepared]:
@@ -73,22 +59,19 @@ class ProcessReader:
             RowFailure: either cannot be read, or is not the picture that was checked.
             DataError: a worker was killed.
         """
-        slot = self._slot(stop)
+        slot = self._slots.take(stop)
+        if slot is None:
+            raise RowFailure(column="chosen", reason="missing_image", detail="the run has ended")
         known = None
         if self.media is not None:
             known = (self.media.picture(row, 0).sha256, self.media.picture(row, 1).sha256)
         try:
-            done = self._pool.submit(_decode, slot, row, draw, known).result()
+            done = self._slots.run(_decode, slot, row, draw, known)
             if isinstance(done, dict):
                 raise RowFailure(**done)
-            pixels = torch.from_numpy(self._pixels[slot].copy())
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a decoding process was killed, perhaps for want of memory; resume the run with fewer data.workers, or with"
-                " data.decode=threads"
-            ) from error
+            pixels = torch.from_numpy(self._slots.view(slot).reshape(self._shape).copy())
         finally:
-            self._free.put(slot)
+            self._slots.give(slot)
         first, second = (
             Prepared(pixels=value if self.raw else normalised(value), original=original, crop=crop)
             for value, (original, crop) in zip(pixels, done, strict=True)
@@ -97,39 +80,24 @@ class ProcessReader:
 
     def close(self) -> None:
         """End the processes and give the memory back."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        del self._pixels
-        self._memory.close()
-        self._memory.unlink()
-
-    def _slot(self, stop: threading.Event) -> int:
-        while True:
-            try:
-                return self._free.get(timeout=PAUSE)
-            except queue.Empty:
-                if stop.is_set():
-                    raise RowFailure(column="chosen", reason="missing_image", detail="the run has ended") from None
+        self._slots.close()
 
 
 _here: dict[str, Any] = {}
-"""In a worker: the table, its reader, and the shared memory."""
+"""In a worker: the table, its reader, and the shape of a row's pixels."""
 
 
 def _begin(
-    path: str, memory: str, shape: tuple[int, ...], resolution: tuple[int, int], limits: Limits, retry: tuple[float, ...]
+    path: str, shape: tuple[int, ...], resolution: tuple[int, int], limits: Limits, retry: tuple[float, ...]
 ) -> None:
     torch.set_num_threads(1)
-    shared = SharedMemory(name=memory)
     reader = PixelReader(resolution=resolution, media=None, limits=limits, retry_seconds=retry)
     reader.raw = True
-    _here.update(
-        table=open_table(path, progress=False), reader=reader, shared=shared, stop=threading.Event(),
-        pixels=np.ndarray(shape, dtype=np.uint8, buffer=shared.buf),
-    )  # fmt: skip
+    _here.update(table=open_table(path, progress=False), reader=reader, stop=threading.Event(), shape=shape)
 
 
 def _decode(
-    slot: int, row: int, draw: Draw, known: tuple[str, str] | None
+    memory: np.ndarray, row: int, draw: Draw, known: tuple[str, str] | None
 ) -> dict[str, str] | list[tuple[tuple[int, int], tuple[int, int]]]:
     """Decode a row into a slot: sizes and corners of both pictures, or what is wrong."""
     reader: PixelReader = _here["reader"]
@@ -138,7 +106,7 @@ def _decode(
     except RowFailure as failure:
         return {"column": failure.column, "reason": failure.reason, "detail": failure.detail}
     for side, one in enumerate(both):
-        _here["pixels"][slot, side] = one.pixels.numpy()
+        memory.reshape(_here["shape"])[side] = one.pixels.numpy()
     return [(one.original, one.crop) for one in both]
 
 

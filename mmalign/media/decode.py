@@ -12,7 +12,7 @@ import io
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,8 @@ class Colours:
     """One of `ALPHAS`."""
     exif: bool = True
     """Whether the rotation that a camera wrote is applied."""
+    clip: bool = False
+    """Whether numbers outside [0, 1] (floating-point files and tensors) are cut off there; otherwise they are an error."""
 
     def __post_init__(self) -> None:
         if self.alpha not in ALPHAS:
@@ -51,7 +53,8 @@ class Colours:
         """For cache fingerprints and records."""
         alpha = "alpha-dropped" if self.alpha == "drop" else f"alpha-over-{self.alpha}"
         exif = "exif-applied" if self.exif else "exif-ignored"
-        return f"{alpha},16bit-grey-rounded,16bit-colour-high-byte,cmyk-naive,{exif},icc-ignored"
+        clip = ",clipped" if self.clip else ""
+        return f"{alpha},16bit-grey-rounded,16bit-colour-high-byte,cmyk-naive,{exif},icc-ignored{clip}"
 
 
 PLAIN: Final = Colours()
@@ -100,8 +103,8 @@ class Decoded:
     original_size: tuple[int, int]
     """(height, width) in pixels, after rotation."""
     flags: tuple[str, ...]
-    """Any of alpha, 16bit, cmyk, palette, grey, exif_rotated, exif_unreadable, animated, multipage; of DICOM files those of
-    ``media.dicom`` too."""
+    """Any of alpha, 16bit, float, clipped, cmyk, palette, grey, exif_rotated, exif_unreadable, animated, multipage; of DICOM
+    files those of ``media.dicom`` too."""
     mime: str
     """From the bytes, never from the name."""
     stored: Image.Image | None = None
@@ -138,13 +141,16 @@ def read_bytes(ref: ImageRef | str | Path | bytes, limits: Limits = DEFAULT) -> 
 
 
 def decode_image(
-    data: bytes, limits: Limits = DEFAULT, *, source: str = "", keep_stored: bool = False, colours: Colours = PLAIN
-) -> Decoded:
+    data: bytes, limits: Limits = DEFAULT, *, source: str = "", keep_stored: bool = False, colours: Colours = PLAIN,
+    draft: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
+) -> Decoded:  # fmt: skip
     """Fully decode the bytes of one picture. Raises as `open_image` does.
 
     Args:
         keep_stored: also return the picture before colour conversion, for preprocessing that resizes first.
-        colours: what becomes of transparency and rotation tags.
+        colours: what becomes of transparency, rotation tags and numbers outside [0, 1].
+        draft: from the (width, height) of a JPEG to the least that is wanted of it: it is then decoded at a half, a quarter or an
+            eighth, whichever is the smallest that is no smaller. Cheap, and other pixels than decoding and resizing.
     """
     if not data:
         raise MediaError(reason="empty_image", detail="zero bytes", source=source)
@@ -158,6 +164,8 @@ def decode_image(
             with _open_header(data, kind) as image:
                 _check_size(image.size, limits, source)
                 rotated = _stored_rotation(image)
+                if draft is not None and kind is JPEG:
+                    image.draft(None, draft(image.size))  # type: ignore[arg-type]  # None keeps the colours
                 image.load()
                 undone = rotated if not colours.exif else None
                 flags = ["exif_rotated"] if rotated is not None and colours.exif else []
@@ -181,7 +189,7 @@ def _radiograph(data: bytes, limits: Limits, source: str) -> Decoded:
 
 def stored_to_rgb(image: Image.Image, colours: Colours = PLAIN) -> Image.Image:
     """`Decoded.stored`, resized or cropped meanwhile, to RGB under the same policy."""
-    return _colours(image, [], colours.alpha)
+    return _colours(image, [], colours)
 
 
 class _Unsupported(Exception):
@@ -263,7 +271,7 @@ def _finish(
         flags.append("16bit")
     plain = image.mode == "RGB" and kind in (JPEG, PNG) and "transparency" not in image.info
     # Copying holds Python's lock for longer than decoding takes a thread, so what is RGB already is handed on as it is.
-    rgb = image if plain else _colours(image, flags, colours.alpha)
+    rgb = image if plain else _colours(image, flags, colours)
     stored = _stored(image) if keep_stored else None
     method = _rotation(image, flags) if colours.exif else _BACK.get(undone, undone) if undone is not None else None
     if method is not None:
@@ -289,14 +297,16 @@ def _stored(image: Image.Image) -> Image.Image | None:
     # A colour that stands for transparency must become alpha before resizing mixes it with others.
     if mode == "PA" or "transparency" in image.info:
         return image.convert("RGBA")
-    return None if mode == "RGB" else image.copy()
+    return None if mode in ("RGB", "F") else image.copy()  # floats that resizing overshoots would be out of range
 
 
-def _colours(image: Image.Image, flags: list[str], alpha: str) -> Image.Image:
+def _colours(image: Image.Image, flags: list[str], colours: Colours) -> Image.Image:
     mode = image.mode
+    if mode == "F":
+        return _from_floats(image, flags, colours.clip)
     if mode.startswith("I"):
         return _from_integers(image, flags)
-    if mode in ("F", "LAB", "HSV"):
+    if mode in ("LAB", "HSV"):
         raise _Unsupported(f"colour mode {mode} has no agreed conversion to RGB")
     if mode in ("P", "PA"):
         flags.append("palette")
@@ -305,7 +315,7 @@ def _colours(image: Image.Image, flags: list[str], alpha: str) -> Image.Image:
     elif mode == "CMYK":
         flags.append("cmyk")
     if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        return _without_alpha(image, flags, alpha)
+        return _without_alpha(image, flags, colours.alpha)
     return image.copy() if mode == "RGB" else image.convert("RGB")
 
 
@@ -320,6 +330,22 @@ def _without_alpha(image: Image.Image, flags: list[str], alpha: str) -> Image.Im
         return Image.merge("RGB", rgba.split()[:3])
     ground = Image.new("RGBA", rgba.size, (255, 255, 255, 255) if alpha == "white" else (0, 0, 0, 255))
     return Image.alpha_composite(ground, rgba).convert("RGB")
+
+
+def _from_floats(image: Image.Image, flags: list[str], clip: bool) -> Image.Image:
+    """Grey numbers in [0, 1] onto 0 to 255, rounded."""
+    values = np.asarray(image)
+    if not bool(np.isfinite(values).all()):
+        raise _Unsupported("floating-point pixels are not finite")
+    low, high = float(values.min()), float(values.max())
+    if low < 0 or high > 1:
+        if not clip:
+            raise _Unsupported(
+                f"floating-point pixels must be in [0, 1], got [{low:g}, {high:g}]; to cut them off there: clip=True, --clip"
+            )
+        flags.append("clipped")
+    flags.extend(("float", "grey"))
+    return Image.fromarray(np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)).convert("RGB")
 
 
 def _from_integers(image: Image.Image, flags: list[str]) -> Image.Image:

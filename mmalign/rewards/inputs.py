@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,19 +33,27 @@ class Picture:
     image: Image.Image | None = None
     source: str = ""
 
-    def decode(self, limits: Limits, *, keep_stored: bool = False, colours: Colours = PLAIN) -> Decoded:
-        """RGB, upright, with what had to be done to it; `keep_stored` and `colours` as in `decode_image`.
+    def decode(
+        self, limits: Limits, *, keep_stored: bool = False, colours: Colours = PLAIN,
+        draft: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
+    ) -> Decoded:  # fmt: skip
+        """RGB, upright, with what had to be done to it; `keep_stored`, `colours` and `draft` as in `decode_image`.
 
         Raises:
             MediaError: it cannot be decoded.
         """
         if self.image is not None:
             return _upright_rgb(self.image, limits, self.source, keep_stored, colours)
-        return decode_image(self.data or b"", limits, source=self.source, keep_stored=keep_stored, colours=colours)
+        return decode_image(
+            self.data or b"", limits, source=self.source, keep_stored=keep_stored, colours=colours, draft=draft
+        )
 
 
-def as_sequence(images: Any) -> Sequence[Any]:
+def as_sequence(images: Any, *, clip: bool = False) -> Sequence[Any]:
     """One entry per picture. A single picture is a sequence of one; tensors and arrays are split on the first axis.
+
+    Args:
+        clip: floats outside [0, 1] are cut off there instead of refused.
 
     Raises:
         InputError: a tensor of another shape, or values outside [0, 1] for floats.
@@ -55,6 +63,7 @@ def as_sequence(images: Any) -> Sequence[Any]:
             images = images[None]
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             raise InputError(f"an image tensor must be [N, 3, H, W] or [3, H, W], got {tuple(images.shape)}")
+        images = clipped(images) if clip else images
         check_range(images)
         return list(images)
     if isinstance(images, np.ndarray) and images.dtype != object:
@@ -116,6 +125,11 @@ def _as_user(entry: Any, row: int) -> User:
     raise InputError(f"user {row} is a {type(entry).__name__}, expected a name, None, or a mapping of names to shares")
 
 
+def clipped(pixels: Tensor) -> Tensor:
+    """Floats cut off at 0 and 1; NaN is left to the row it is in. 8-bit pixels as they are."""
+    return pixels.clamp(0, 1) if pixels.is_floating_point() else pixels
+
+
 def check_range(pixels: Tensor) -> None:
     """Refuse float pixels outside [0, 1], naming the likely cause. NaN is left to the row it is in."""
     if not pixels.is_floating_point() or pixels.numel() == 0:
@@ -130,8 +144,8 @@ def check_range(pixels: Tensor) -> None:
         raise InputError(f"float pixels must be in [0, 1], got [{low:g}, {high:g}]: data in [-1, 1]? map or clamp it")
 
 
-def read_picture(entry: Any, limits: Limits = DEFAULT) -> Picture:
-    """Identify one picture without decoding it.
+def read_picture(entry: Any, limits: Limits = DEFAULT, *, clip: bool = False) -> Picture:
+    """Identify one picture without decoding it; `clip` as in `as_sequence`.
 
     Raises:
         MediaError: the file is not there or too large, or the pixels are not finite.
@@ -142,7 +156,7 @@ def read_picture(entry: Any, limits: Limits = DEFAULT) -> Picture:
     if isinstance(entry, str | bytes | Path | ImageRef):
         data, source = read_bytes(entry, limits)
         return Picture(digest=hashlib.blake2b(data, digest_size=16).digest(), data=data, source=source)
-    image = entry if isinstance(entry, Image.Image) else Image.fromarray(_as_array(entry))
+    image = entry if isinstance(entry, Image.Image) else Image.fromarray(_as_array(entry, clip=clip))
     try:
         with strict_decoding():
             content = image.tobytes()
@@ -154,13 +168,13 @@ def read_picture(entry: Any, limits: Limits = DEFAULT) -> Picture:
     return Picture(digest=hashlib.blake2b(head.encode() + palette + content, digest_size=16).digest(), image=image)
 
 
-def _as_array(entry: Any) -> np.ndarray:
+def _as_array(entry: Any, *, clip: bool = False) -> np.ndarray:
     """uint8 [H, W, 3] of an array [H, W, 3] or a tensor [3, H, W]; floats are rounded to 8 bits, as saving would."""
     if isinstance(entry, Tensor):
         if entry.ndim != 3 or entry.shape[0] not in (1, 3):
             raise InputError(f"an image tensor must be [3, H, W], got {tuple(entry.shape)}")
-        check_range(entry)
-        values = entry.detach().cpu()
+        values = (clipped(entry) if clip else entry).detach().cpu()
+        check_range(values)
         if values.is_floating_point():
             if not bool(torch.isfinite(values).all()):
                 raise MediaError(reason="undecodable_image", detail="pixels are not finite", source="tensor")

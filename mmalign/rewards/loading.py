@@ -13,7 +13,7 @@ import torch
 from mmalign.errors import RewardError
 from mmalign.media import DEFAULT, PLAIN, Colours, Limits
 from mmalign.rewards import catalogue as _catalogue  # noqa: F401  (registers the built-in rewards)
-from mmalign.rewards.base import Backend
+from mmalign.rewards.base import Backend, EncodingBackend
 from mmalign.rewards.cards import Card
 from mmalign.rewards.scorer import Scorer, ScorerSet
 from mmalign.rewards.table import CARDS, REWARDS, Factory, LoadRequest
@@ -21,18 +21,20 @@ from mmalign.rewards.table import CARDS, REWARDS, Factory, LoadRequest
 if TYPE_CHECKING:
     from mmalign.rewards.together import Ensemble
 
+DECODINGS = ("full", "draft2x")
 Paths = str | Path | Mapping[str, str | Path] | None
 
 
 @overload
 def load(name: str, path: Paths = None, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
          *, workers: int | None = None, limits: Limits = DEFAULT, local_files_only: bool = False, compile: bool = False,
-         colours: Colours = PLAIN, **options: Any) -> Scorer: ...  # fmt: skip
+         colours: Colours = PLAIN, decode_workers: int = 0, decode: str = "full", fast_preprocess: bool = False,
+         **options: Any) -> Scorer: ...  # fmt: skip
 @overload
 def load(name: Sequence[str], path: Paths = None, device: str | torch.device | None = None,
          dtype: str | torch.dtype | None = None, *, workers: int | None = None, limits: Limits = DEFAULT,
-         local_files_only: bool = False, compile: bool = False, colours: Colours = PLAIN,
-         **options: Any) -> ScorerSet: ...  # fmt: skip
+         local_files_only: bool = False, compile: bool = False, colours: Colours = PLAIN, decode_workers: int = 0,
+         decode: str = "full", fast_preprocess: bool = False, **options: Any) -> ScorerSet: ...  # fmt: skip
 def load(
     name: str | Sequence[str],
     path: Paths = None,
@@ -44,6 +46,9 @@ def load(
     local_files_only: bool = False,
     compile: bool = False,
     colours: Colours = PLAIN,
+    decode_workers: int = 0,
+    decode: str = "full",
+    fast_preprocess: bool = False,
     **options: Any,
 ) -> Scorer | ScorerSet | Ensemble:
     """Load one reward, or several that share decoding, preprocessing and equal encoders.
@@ -56,7 +61,13 @@ def load(
         dtype: precision of the encoders (``fp32``, ``bf16``, ``fp16``); heads and scores are float32 always.
         workers: threads that read, decode and resize; one per core by default.
         compile: run image encoders through `torch.compile`: worth it for many pictures, and needs a compiler.
-        colours: what becomes of transparency and rotation tags, such as ``Colours(alpha="drop", exif=False)``.
+        colours: what becomes of transparency and rotation tags, such as ``Colours(alpha="drop", exif=False)``; ``clip=True`` cuts
+            floats off at 0 and 1 instead of refusing them.
+        decode_workers: decode in that many processes instead of on the threads; the scores are the same.
+        decode: ``full``, or ``draft2x``: JPEGs are decoded at a half, a quarter or an eighth where at least twice the reward's
+            size remains. Other pixels, so the preprocessing has another id.
+        fast_preprocess: resize with torch's 8-bit kernel, as transformers' default processor does; another id too. Rules without
+            such a form (letterboxes, ImageReward's) keep theirs.
         options: of the reward itself, such as ``scale="cosine"``; not with a list.
 
     Raises:
@@ -68,14 +79,17 @@ def load(
         weights = parse_expression(name)
         parts = load(
             list(weights), path, device, dtype, workers=workers, limits=limits, local_files_only=local_files_only,
-            compile=compile, colours=colours,
+            compile=compile, colours=colours, decode_workers=decode_workers, decode=decode, fast_preprocess=fast_preprocess,
         )  # fmt: skip
         return Ensemble(parts, weights, normalize="linear", **options)
     if isinstance(name, str):
         if isinstance(path, Mapping):
             path = path.get(name)
         backend = load_backend(name, path, device, dtype, local_files_only=local_files_only, **options)
-        return Scorer(backend, workers=workers, limits=limits, compile=compile, colours=colours)
+        prepare_as([backend], decode=decode, fast_preprocess=fast_preprocess)
+        return Scorer(
+            backend, workers=workers, limits=limits, compile=compile, colours=colours, decode_workers=decode_workers
+        )
     if options:
         raise RewardError(f"options ({', '.join(options)}) belong to one reward: load it alone")
     names = list(name)
@@ -88,7 +102,24 @@ def load(
         load_backend(item, (path or {}).get(item), device, dtype, local_files_only=local_files_only, shared=shared)
         for item in names
     ]
-    return ScorerSet(backends, workers=workers, limits=limits, compile=compile, colours=colours)
+    prepare_as(backends, decode=decode, fast_preprocess=fast_preprocess)
+    return ScorerSet(
+        backends, workers=workers, limits=limits, compile=compile, colours=colours, decode_workers=decode_workers
+    )
+
+
+def prepare_as(backends: Sequence[Backend], *, decode: str = "full", fast_preprocess: bool = False) -> None:
+    """Change how loaded rewards prepare pictures, as `load` describes it; their cards and records follow.
+
+    Raises:
+        RewardError: `decode` is unknown.
+    """
+    if decode not in DECODINGS:
+        raise RewardError(f"decode is one of {', '.join(DECODINGS)}; got {decode!r}")
+    for backend in backends:
+        if isinstance(backend, EncodingBackend) and (decode != "full" or fast_preprocess):
+            backend.preprocess = replace(backend.preprocess, draft=decode == "draft2x", fast=fast_preprocess)
+            backend.card = replace(backend.card, preprocess=backend.preprocess.key)
 
 
 def load_backend(

@@ -41,6 +41,11 @@ class Preprocess:
 
     id: str
     size: int
+    fast: bool = False
+    """``clip_hf`` and ``clip_tv`` resized by torch on 8-bit, as torchvision and transformers' default processor do (within two
+    grey levels of Pillow); other rules have no such form and stay as they are."""
+    draft: bool = False
+    """JPEGs are decoded at a half, a quarter or an eighth where that leaves at least twice the size that is wanted."""
 
     def __post_init__(self) -> None:
         if self.id not in ("clip_hf", "clip_tv", "blip_224", "hps_letterbox", "hps_letterbox_noaa"):
@@ -48,7 +53,18 @@ class Preprocess:
 
     @property
     def key(self) -> str:
-        return f"{self.id}:{self.size}"
+        return f"{self.id}{'_u8tv' if self.is_fast else ''}{'+draft2x' if self.draft else ''}:{self.size}"
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether `fast` is asked for and there is such a form."""
+        return self.fast and self.id in ("clip_hf", "clip_tv")
+
+    def least(self, stored: tuple[int, int]) -> tuple[int, int]:
+        """Twice the (width, height) that a picture of this size is resized to: what a draft of it must not fall below."""
+        width, height = stored
+        scale = 2 * self.size / (max(stored) if self.id.startswith("hps") else min(stored))
+        return math.ceil(width * scale), math.ceil(height * scale)
 
     @property
     def needs_stored(self) -> bool:
@@ -69,6 +85,8 @@ class Preprocess:
             return self._letterbox(pixels[None])[0].contiguous()
         resized, (left, top) = self._crop(image.size)
         source = stored if stored is not None and self.needs_stored else image
+        if self.is_fast and resized != image.size and resized[0] * resized[1] <= MOST_PIXELS:
+            return _resize_crop_u8(image, resized, (left, top), self.size)
         if resized == image.size:
             cut = source.crop((left, top, left + self.size, top + self.size))
         else:
@@ -77,6 +95,8 @@ class Preprocess:
 
     def fits_device(self, stored: tuple[int, int]) -> bool:
         """Whether `from_planes` gives what `from_image` gives for pictures of this size, (width, height)."""
+        if self.is_fast:
+            return False
         if self.id.startswith("hps"):
             return max(stored) <= MOST_SHRINKING * self.size
         resized, offset = self._crop(stored)
@@ -86,7 +106,9 @@ class Preprocess:
 
     def geometry(self, stored: tuple[int, int]) -> bytes:
         """Equal for two rules that make equal pixels of every RGB picture of this size."""
-        return (f"{self.key}" if self.id.startswith("hps") else f"{self._crop(stored)}{self.size}").encode()
+        if self.id.startswith("hps") or self.fast or self.draft:
+            return self.key.encode()
+        return f"{self._crop(stored)}{self.size}".encode()
 
     def from_planes(self, planes: Tensor) -> Tensor:
         """As `from_image` for an RGB picture given as uint8 ``[3, H, W]``, on its device: crops bit for bit, letterboxes to
@@ -156,6 +178,15 @@ def _resize_crop(image: Image.Image, resized: tuple[int, int], offset: tuple[int
     across, down = image.width / width, image.height / height
     box = (left * across, top * down, (left + size) * across, (top + size) * down)
     return image.resize((size, size), bicubic, box=box)
+
+
+def _resize_crop_u8(image: Image.Image, resized: tuple[int, int], offset: tuple[int, int], size: int) -> Tensor:
+    """As `_resize_crop`, by torch's 8-bit bicubic with antialias: uint8 ``[3, size, size]``."""
+    (width, height), (left, top) = resized, offset
+    # Channels last, as the picture lies in memory: that is the layout the fast kernel wants.
+    planes = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)[None]
+    found = _bicubic(planes, (height, width), antialias=True)[0]
+    return found[:, top : top + size, left : left + size].contiguous()
 
 
 def _to_uint8(image: Image.Image) -> Tensor:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
-from torch import Tensor
-
 from mmalign.media import PLAIN, Colours, Limits, MediaError
+from mmalign.rewards.decoding import Loaded, ProcessDecoders, Wanted, load_picture
 from mmalign.rewards.inputs import Picture, read_picture
 from mmalign.rewards.preprocess import Preprocess
 from mmalign.rewards.staging import DeviceResize
@@ -24,19 +21,6 @@ def default_workers() -> int:
     """Threads that read, decode and resize: one per core that this process may use, at least 4 and at most `MOST_WORKERS`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MOST_WORKERS, max(4, cores))
-
-
-@dataclass(slots=True)
-class Loaded:
-    """One distinct picture of a window."""
-
-    pixels: dict[str, Tensor] = field(default_factory=dict)  # preprocessing key -> [3, s, s]
-    pixel_digests: dict[str, bytes] = field(default_factory=dict)
-    """Of `pixels`: two rules that give the same pixels share one encoding."""
-    image: Image.Image | None = None
-    flags: tuple[str, ...] = ()
-    reason: str | None = None
-    message: str | None = None
 
 
 @dataclass(slots=True)
@@ -62,6 +46,7 @@ class Reader:
         limits: what is too large to decode.
         stage: resizes on the encoders' device; None: on the threads.
         colours: what becomes of transparency and rotation tags.
+        decoders: processes that decode encoded files; None: the threads do.
     """
 
     def __init__(
@@ -72,10 +57,14 @@ class Reader:
         limits: Limits,
         stage: DeviceResize | None = None,
         colours: Colours = PLAIN,
+        decoders: ProcessDecoders | None = None,
     ) -> None:
-        self.rules, self.keep_image, self.limits, self.stage = dict(rules), keep_image, limits, stage
-        self.colours = colours
-        self._needs_stored = any(rule.needs_stored for rule in self.rules.values())
+        self.wanted = Wanted(rules=dict(rules), keep_image=keep_image, limits=limits, colours=colours)
+        self.stage, self.decoders = stage, decoders
+
+    @property
+    def colours(self) -> Colours:
+        return self.wanted.colours
 
     def read(self, images: Sequence[Any], start: int, pool: ThreadPoolExecutor) -> Window:
         """The rows from number `start` on, on the threads of `pool`."""
@@ -97,24 +86,12 @@ class Reader:
 
     def _identify(self, entry: Any) -> Picture | MediaError:
         try:
-            return read_picture(entry, self.limits)
+            return read_picture(entry, self.wanted.limits, clip=self.wanted.colours.clip)
         except MediaError as error:
             return error
 
     def _load(self, picture: Picture | MediaError) -> Loaded:
         if isinstance(picture, MediaError):
             return Loaded(reason=picture.reason, message=str(picture))
-        try:
-            decoded = picture.decode(self.limits, keep_stored=self._needs_stored, colours=self.colours)
-        except MediaError as error:
-            return Loaded(reason=error.reason, message=str(error))
-        image = decoded.image
-        kept = image if self.keep_image else None
-        staged = None
-        if self.stage is not None and decoded.stored is None:
-            staged = self.stage(image, self.rules, picture.digest)
-        if staged is not None:
-            return Loaded(pixels=staged[0], pixel_digests=staged[1], image=kept, flags=decoded.flags)
-        pixels = {key: rule.from_image(image, decoded.stored, self.colours) for key, rule in self.rules.items()}
-        digests = {key: hashlib.blake2b(value.numpy().data, digest_size=16).digest() for key, value in pixels.items()}
-        return Loaded(pixels=pixels, pixel_digests=digests, image=kept, flags=decoded.flags)
+        found = None if self.decoders is None else self.decoders.load(picture, self.wanted, self.stage)
+        return load_picture(picture, self.wanted, self.stage) if found is None else found

@@ -31,9 +31,12 @@ class Scorer:
         limits: Limits = DEFAULT,
         compile: bool = False,
         colours: Colours = PLAIN,
+        decode_workers: int = 0,
     ) -> None:
         self.backend = backend
-        self.engine = Engine([backend], workers=workers, limits=limits, compile=compile, colours=colours)
+        self.engine = Engine(
+            [backend], workers=workers, limits=limits, compile=compile, colours=colours, decode_workers=decode_workers
+        )
 
     @property
     def name(self) -> str:
@@ -88,7 +91,7 @@ class Scorer:
             InputError: lengths that differ (also a ValueError), values out of range, a missing prompt.
             ScoringError: a row cannot be scored and `on_error` is ``raise``.
         """
-        rows = as_sequence(images)
+        rows = as_sequence(images, clip=self.engine.reader.colours.clip)
         texts = _prompts_for([self.backend], prompts, len(rows))
         found = self.engine.run(
             rows, texts, batch_size=batch_size, on_error=on_error, embeddings=details, progress=progress,
@@ -103,7 +106,8 @@ class Scorer:
 
         The difference is taken in the reward's own units (for PickScore these are logits, as in arXiv:2305.01569 eq. 1).
         """
-        first, second = as_sequence(images_0), as_sequence(images_1)
+        clip = self.engine.reader.colours.clip
+        first, second = as_sequence(images_0, clip=clip), as_sequence(images_1, clip=clip)
         if len(first) != len(second):
             raise InputError(f"{len(first)} first images but {len(second)} second ones")
         texts = _prompts_for([self.backend], prompts, len(first))
@@ -115,7 +119,7 @@ class Scorer:
         self, candidates: Sequence[Any], prompts: str | Sequence[str] | None = None, users: Users = None
     ) -> Tensor:
         """Scores of the candidates of each prompt: float32 ``[N, K]``; shorter lists are padded with NaN."""
-        lists = [as_sequence(row) for row in candidates]
+        lists = [as_sequence(row, clip=self.engine.reader.colours.clip) for row in candidates]
         texts = _prompts_for([self.backend], prompts, len(lists))
         whose = as_users(users, len(lists))
         flat = self.score(
@@ -172,9 +176,12 @@ class ScorerSet:
         limits: Limits = DEFAULT,
         compile: bool = False,
         colours: Colours = PLAIN,
+        decode_workers: int = 0,
     ) -> None:
         self.backends = list(backends)
-        self.engine = Engine(self.backends, workers=workers, limits=limits, compile=compile, colours=colours)
+        self.engine = Engine(
+            self.backends, workers=workers, limits=limits, compile=compile, colours=colours, decode_workers=decode_workers
+        )
 
     @property
     def cards(self) -> dict[str, Card]:
@@ -184,8 +191,10 @@ class ScorerSet:
         for backend in self.backends:
             if backend.name == name:
                 engine = self.engine
-                return Scorer(backend, workers=engine.workers, limits=engine.limits, compile=engine.compile,
+                made = Scorer(backend, workers=engine.workers, limits=engine.limits, compile=engine.compile,
                               colours=engine.reader.colours)  # fmt: skip
+                made.engine.reader.decoders = engine.reader.decoders
+                return made
         raise KeyError(name)
 
     def score(
@@ -200,7 +209,7 @@ class ScorerSet:
         users: Users = None,
     ) -> dict[str, Any]:
         """As `Scorer.score`, for every reward: ``{name: Tensor [N]}``, or ``{name: Details}`` with `details`."""
-        rows = as_sequence(images)
+        rows = as_sequence(images, clip=self.engine.reader.colours.clip)
         texts = _prompts_for(self.backends, prompts, len(rows))
         found = self.engine.run(
             rows, texts, batch_size=batch_size, on_error=on_error, embeddings=details, progress=progress,

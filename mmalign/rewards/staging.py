@@ -21,6 +21,9 @@ from mmalign.rewards.preprocess import Preprocess
 BEFORE = 4
 """Pictures of one size that go the ordinary way before it is worth comparing both ways on it."""
 
+MOST_SIZES = 32
+"""Of which decoding processes are told."""
+
 
 class DeviceResize:
     """Resizes on one device, one picture at a time, on a stream of its own.
@@ -33,6 +36,7 @@ class DeviceResize:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._seen: Counter[tuple[int, int]] = Counter()
+        self._ready: dict[tuple[str, ...], dict[tuple[int, int], None]] = {}
         self._lock = threading.Lock()
 
     def __call__(
@@ -48,11 +52,15 @@ class DeviceResize:
         if not self._worth_it(image.size) or not all(rule.fits_device(image.size) for rule in rules.values()):
             return None
         stored = interleaved(image)
-        if stored is None:
-            return None
+        return None if stored is None else self.resize(stored, rules, digest)
+
+    def resize(
+        self, stored: np.ndarray, rules: Mapping[str, Preprocess], digest: bytes
+    ) -> tuple[dict[str, Tensor], dict[str, bytes]] | None:
+        """The same of a picture given as `interleaved` gives it, of a size that fits; it has been copied when this returns."""
+        size = (stored.shape[1], stored.shape[0])
         names = {
-            key: hashlib.blake2b(digest + rule.geometry(image.size), digest_size=16).digest()
-            for key, rule in rules.items()
+            key: hashlib.blake2b(digest + rule.geometry(size), digest_size=16).digest() for key, rule in rules.items()
         }
         try:
             if self.stream is None:
@@ -64,6 +72,20 @@ class DeviceResize:
                 return self._resized(held.to(self.device, non_blocking=True), rules), names
         except torch.OutOfMemoryError:
             return None
+
+    def met(self, size: tuple[int, int], rules: Mapping[str, Preprocess]) -> None:
+        """A picture of this (width, height) was decoded elsewhere and went the ordinary way."""
+        if self._worth_it(size) and all(rule.fits_device(size) for rule in rules.values()):
+            with self._lock:
+                sizes = self._ready.setdefault(tuple(rules), {})
+                sizes[size] = None
+                while len(sizes) > MOST_SIZES:
+                    del sizes[next(iter(sizes))]
+
+    def ready(self, rules: Mapping[str, Preprocess]) -> tuple[tuple[int, int], ...]:
+        """Sizes of which pictures may come whole."""
+        with self._lock:
+            return tuple(self._ready.get(tuple(rules), ()))
 
     def wait(self) -> None:
         """Until all pixels handed out are there."""

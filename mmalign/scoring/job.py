@@ -53,7 +53,12 @@ class Job:
     embeddings: str | None = None
     """Parquet file for the image embeddings of rewards that have one."""
     colours: Colours = PLAIN
-    """What becomes of transparency and rotation tags."""
+    """What becomes of transparency, rotation tags and floats outside [0, 1]."""
+    decode_workers: int = 0
+    """Processes that decode, for each process that scores; 0: the threads do."""
+    decode: str = "full"
+    fast_preprocess: bool = False
+    """These two as in `mmalign.rewards.load`."""
     precision_check: int = 0
     """Rows to score in float32 as well before the run."""
 
@@ -132,6 +137,9 @@ class Worker:
                 workers=job.workers,
                 local_files_only=job.local_files_only,
                 colours=job.colours,
+                decode_workers=job.decode_workers,
+                decode=job.decode,
+                fast_preprocess=job.fast_preprocess,
             )
         return self._loaded
 
@@ -152,6 +160,7 @@ class Worker:
         made = ScorerSet(backends, workers=self.job.workers, compile=self.job.compile, colours=self.job.colours)
         # Compiled and compared once per process, not once per part.
         made.engine.graphs, made.engine.hashes = self._graphs, self._hashes
+        made.engine.reader.decoders, made.engine.workers = self.scorers().engine.reader.decoders, self.scorers().engine.workers
         return made
 
     def _score(self, names: Sequence[str], start: int, stop: int) -> None:

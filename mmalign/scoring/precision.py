@@ -43,7 +43,8 @@ def check_precision(worker: Worker, rows: int) -> dict[str, Any]:
         raise DataError(f"precision check: none of {count} rows can be scored")
     images, prompts, users = [item[0] for item in usable], [item[1] for item in usable], [item[2] for item in usable]
     exact_set = rewards.load(job.versioned(), dict(job.paths), job.device, "fp32", workers=job.workers,
-                             local_files_only=job.local_files_only, colours=job.colours)  # fmt: skip
+                             local_files_only=job.local_files_only, colours=job.colours, decode=job.decode,
+                             fast_preprocess=job.fast_preprocess)  # fmt: skip
     given = _values(worker.scorers(), images, prompts, users, job.batch_size)
     exact = _values(exact_set, images, prompts, users, job.batch_size)
     out = {}

@@ -148,6 +148,7 @@ class StoredScores:
         keys, first = list(places), [own[0] for own in places.values()]
         engine = self.scorers.engine
         made = ScorerSet([backend], workers=engine.workers, limits=self.limits, colours=engine.reader.colours)
+        made.engine.reader.decoders = engine.reader.decoders
         details = made.engine.run(
             [images[place] for place in first], [prompts[place] for place in first], batch_size=batch_size, on_error="nan",
             embeddings=self.embeddings, users=[users[place] for place in first],

@@ -1,0 +1,224 @@
+"""Other ways to the same pixels (processes), and cheaper ways to other pixels, which are named as such."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from mmalign import rewards
+from mmalign.cli.application import app
+from mmalign.errors import RewardError
+from mmalign.media import PLAIN, Colours, MediaError, decode_image
+from mmalign.rewards.decoding import ProcessDecoders, Wanted, load_picture
+from mmalign.rewards.errors import InputError
+from mmalign.rewards.inputs import read_picture
+from mmalign.rewards.preprocess import Preprocess
+from mmalign.rewards.reading import Reader
+from mmalign.rewards.staging import BEFORE, DeviceResize
+from tests.rewards.test_odd_inputs import encoded, odd_pictures
+
+RULES = {rule.key: rule for rule in (
+    Preprocess("clip_hf", 48), Preprocess("clip_tv", 32), Preprocess("blip_224", 32), Preprocess("hps_letterbox", 32),
+    Preprocess("clip_tv", 32, draft=True), Preprocess("hps_letterbox", 32, draft=True), Preprocess("clip_hf", 48, fast=True),
+)}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def decoders() -> Iterator[ProcessDecoders]:
+    made = ProcessDecoders(2)
+    yield made
+    made.close()
+
+
+def smooth(width: int, height: int, seed: int = 0) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def jpeg(width: int, height: int, **options: object) -> bytes:
+    return encoded(smooth(width, height), "JPEG", quality=92, **options)
+
+
+def odd_files() -> list[bytes]:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    good = jpeg(300, 200)
+    cmyk = encoded(smooth(260, 200).convert("CMYK"), "JPEG")
+    return [*(data for data, _ in odd_pictures()), good, jpeg(300, 200, exif=exif), jpeg(64, 64), cmyk, good[:4000], b"<html>",
+            jpeg(900, 30)]  # fmt: skip
+
+
+def test_processes_make_what_threads_make(decoders: ProcessDecoders) -> None:
+    """Pixels, names of pixels, flags and reasons, for every rule and every kind of file."""
+    wanted = Wanted(rules=RULES, colours=Colours(alpha="black"))
+    failed = 0
+    for data in odd_files():
+        picture = read_picture(data)
+        here, there = load_picture(picture, wanted), decoders.load(picture, wanted)
+        assert there is not None
+        assert (here.flags, here.reason, here.message) == (there.flags, there.reason, there.message)
+        failed += here.reason is not None
+        assert set(here.pixels) == set(there.pixels) == (set(RULES) if here.reason is None else set())
+        assert all(torch.equal(here.pixels[key], there.pixels[key]) for key in here.pixels)
+        assert here.pixel_digests == there.pixel_digests
+    assert failed == 2
+    # What is wanted itself, or no file, is decoded here.
+    assert decoders.load(read_picture(jpeg(64, 64)), Wanted(rules=RULES, keep_image=True)) is None
+    assert decoders.load(read_picture(smooth(64, 64)), wanted) is None
+
+
+def test_pictures_come_back_whole_for_a_device_that_resizes(decoders: ProcessDecoders) -> None:
+    """Sizes that were met often enough arrive undivided, and give the same pixels; others are resized over there."""
+    stage = DeviceResize(torch.device("cpu"))
+    rules = {rule.key: rule for rule in (Preprocess("clip_hf", 48), Preprocess("hps_letterbox", 32))}
+    reader = Reader(rules, keep_image=False, limits=Wanted(rules={}).limits, stage=stage, decoders=decoders)
+    plain = Reader(rules, keep_image=False, limits=reader.wanted.limits)
+    files = [encoded(smooth(160, 120, seed)) for seed in range(BEFORE + 4)] + [encoded(smooth(50, 70))]
+    with ThreadPoolExecutor(1) as pool:  # in order, so that it is known which picture is the first to come whole
+        found, expected = reader.read(files, 0, pool), plain.read(files, 0, pool)
+    assert stage.ready(rules) == ((160, 120),)
+    whole = 0
+    for digest in expected.digests:
+        one, other = found.pictures[digest], expected.pictures[digest]
+        assert all(torch.equal(one.pixels[key], other.pixels[key]) for key in rules)
+        whole += one.pixel_digests != other.pixel_digests  # named after the file, not after their pixels
+    assert whole == 3
+
+
+def test_scores_with_decoding_processes_are_the_same(clip_folder: Path, decoders: ProcessDecoders) -> None:
+    files = [jpeg(120 + row, 100) for row in range(9)] * 2
+    plain = rewards.load(["clipscore", "hpsv2.1"], dict.fromkeys(["clipscore", "hpsv2.1"], clip_folder), dtype="fp32")
+    other = rewards.ScorerSet(plain.backends)
+    other.engine.reader.decoders = decoders
+    one, two = plain.score(files, "a red circle", batch_size=4), other.score(files, "a red circle", batch_size=4)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert other.engine.counters.decoded == plain.engine.counters.decoded
+    assert torch.equal(other["clipscore"].score(files, "a red circle", batch_size=4), one["clipscore"])
+    with pytest.raises(rewards.ScoringError, match="row 1: truncated_image"):
+        other.score([files[0], files[1][:900]], "a red circle")
+    with pytest.raises(InputError, match="decode_workers"):
+        rewards.load("tiny-clip", decode_workers=-1)
+
+
+def test_a_draft_is_pillows_and_never_too_small() -> None:
+    rule, data = Preprocess("clip_tv", 32, draft=True), jpeg(600, 300)
+    by_hand = Image.open(io.BytesIO(data))
+    by_hand.draft("RGB", (128, 64))  # a quarter: 150 x 75
+    assert by_hand.size == (150, 75)
+    found = rule.from_image(decode_image(data, draft=rule.least).image)
+    assert torch.equal(found, Preprocess("clip_tv", 32).from_image(by_hand.convert("RGB")))
+    for size in ((600, 300), (300, 600), (1000, 65), (64, 64), (63, 200)):
+        short, letterbox = rule, Preprocess("hps_letterbox", 32, draft=True)
+        for kind, side in ((short, min), (letterbox, max)):
+            got = decode_image(jpeg(*size), draft=kind.least).image.size
+            assert side(got) >= min(64, side(size)), (size, kind.id, got)
+    png = encoded(smooth(600, 300))
+    assert decode_image(png, draft=rule.least).image.size == (600, 300)
+
+
+def test_one_rules_draft_does_not_depend_on_the_others() -> None:
+    """A larger network beside it, or one that reads the whole picture, changes no pixel."""
+    rules = [Preprocess("clip_tv", 32, draft=True), Preprocess("clip_tv", 96, draft=True), Preprocess("clip_tv", 32)]
+    picture = read_picture(jpeg(800, 800))
+    together = load_picture(picture, Wanted(rules={rule.key: rule for rule in rules}, keep_image=True))
+    assert together.image is not None and together.image.size == (800, 800)
+    for rule in rules:
+        alone = load_picture(picture, Wanted(rules={rule.key: rule}))
+        assert torch.equal(alone.pixels[rule.key], together.pixels[rule.key])
+    small, _, full = (together.pixels[rule.key] for rule in rules)
+    assert not torch.equal(small, full) and (small.float() - full.float()).abs().mean() < 3
+
+
+@pytest.mark.parametrize(("height", "width"), [(142, 80), (80, 142), (67, 32), (20, 12), (32, 32), (300, 41)])
+def test_the_fast_form_is_what_the_libraries_resize(height: int, width: int) -> None:
+    transforms = pytest.importorskip("torchvision.transforms.v2")
+    image = smooth(width, height)
+    planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    library = transforms.Compose(
+        [transforms.Resize(32, interpolation=transforms.InterpolationMode.BICUBIC, antialias=True), transforms.CenterCrop(32)]
+    )(planes)
+    fast, slow = Preprocess("clip_tv", 32, fast=True), Preprocess("clip_tv", 32)
+    assert torch.equal(fast.from_image(image), library)
+    assert (fast.from_image(image).int() - slow.from_image(image).int()).abs().max() <= 2
+    assert fast.key == "clip_tv_u8tv:32" and Preprocess("hps_letterbox", 32, fast=True).key == "hps_letterbox:32"
+
+
+def test_options_change_the_card_the_record_and_nothing_they_should_not(clip_folder: Path) -> None:
+    plain = rewards.load("clipscore", clip_folder)
+    cheap = rewards.load("clipscore", clip_folder, decode="draft2x", fast_preprocess=True)
+    assert plain.card.preprocess == "clip_hf:32" and plain.backend.record()["preprocess"] == "clip_hf:32"
+    assert cheap.card.preprocess == cheap.backend.record()["preprocess"] == "clip_hf_u8tv+draft2x:32"
+    files = [jpeg(400, 320)]
+    one, two = (scorer.score(files, "a", details=True).embeddings for scorer in (plain, cheap))
+    assert one is not None and two is not None and not torch.equal(one, two)
+    with pytest.raises(RewardError, match=r"full, draft2x; got 'half'"):
+        rewards.load("tiny-clip", decode="half")
+
+
+def test_floats_outside_the_unit_range_are_errors_unless_clipped() -> None:
+    values = np.linspace(0, 1, 12 * 9, dtype=np.float32).reshape(12, 9)
+    inside = decode_image(encoded(Image.fromarray(values), "TIFF"))
+    assert inside.flags == ("float", "grey")
+    assert np.array_equal(np.asarray(inside.image)[..., 1], np.rint(values * 255).astype(np.uint8))
+    bright = encoded(Image.fromarray(values * 3 - 1), "TIFF")
+    with pytest.raises(MediaError, match=r"in \[0, 1\], got \[-1, 2\].*--clip") as caught:
+        decode_image(bright)
+    assert caught.value.reason == "unsupported_format"
+    clipped = decode_image(bright, colours=Colours(clip=True))
+    assert clipped.flags == ("clipped", "float", "grey")
+    assert np.array_equal(np.asarray(clipped.image)[..., 0], np.rint(np.clip(values * 3 - 1, 0, 1) * 255).astype(np.uint8))
+    values[0, 0] = np.nan
+    with pytest.raises(MediaError, match="not finite"):
+        decode_image(encoded(Image.fromarray(values), "TIFF"), colours=Colours(clip=True))
+    assert Colours(clip=True).name == PLAIN.name + ",clipped"
+
+
+def test_tensors_outside_the_unit_range_too() -> None:
+    scorer, clipping = rewards.load("brightness"), rewards.load("brightness", colours=Colours(clip=True))
+    pixels = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 0.5
+    for given in (pixels, list(pixels)):
+        with pytest.raises(InputError, match=r"\[0, 1\]"):
+            scorer.score(given)
+        assert torch.equal(clipping.score(given), scorer.score(pixels.clamp(0, 1)))
+
+
+def test_the_command(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for row in range(5):
+        (folder / f"{row}.jpg").write_bytes(jpeg(300 + row, 260))
+    (folder / "6.jpg").write_bytes(jpeg(300, 260)[:3000])
+    Image.fromarray(np.full((9, 9), 1.5, np.float32)).save(folder / "7.tiff")
+
+    def run(name: str, *options: str) -> tuple[list[dict[str, object]], dict[str, object]]:
+        out = tmp_path / f"{name}.parquet"
+        found = CliRunner().invoke(
+            app, ["score", str(folder), "--reward", "tiny-clip", "--prompt", "a red circle", "--out", str(out), *options]
+        )
+        assert found.exit_code == 3, found.output
+        table = pq.read_table(out)
+        return table.to_pylist(), json.loads(table.schema.metadata[b"mmalign"])
+
+    plain, _ = run("plain")
+    same, _ = run("processes", "--decode-workers", "1")
+    assert str(plain) == str(same)
+    assert [row["error"] for row in plain[5:]] == ["tiny-clip:truncated_image", "tiny-clip:unsupported_format"]
+    # The same output table: parts made with other pixels are not taken for these.
+    cheap, facts = run("plain", "--decode", "draft2x", "--fast-preprocess", "--clip")
+    assert facts["rewards"]["tiny-clip"]["card"]["preprocess"] == "clip_hf_u8tv+draft2x:32"  # type: ignore[index]
+    assert all(one["tiny-clip"] != other["tiny-clip"] for one, other in zip(plain[:5], cheap[:5], strict=True))
+    assert cheap[6]["status"] == "ok" and "clipped" in str(facts["colours"])
+    refused = CliRunner().invoke(
+        app, ["score", str(folder), "--reward", "brightness", "--processes", "2", "--decode-workers", "1"]
+    )
+    assert refused.exit_code == 2 and "accelerate launch" in refused.stderr.replace("\n", " ")
