@@ -1,9 +1,10 @@
-"""What every method on answers shares: log-probabilities of policy and reference with the vision tower run once."""
+"""What every method on answers shares: its parts, log-probabilities with the vision tower run once, the step of pairs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from mmalign.branches import BranchBatch, BranchLogps, VisionFeatures
 from mmalign.models.stored_answers import StoredAnswers
 from mmalign.objectives.lengths import desensitised_weights
 from mmalign.objectives.reduce import pair_metrics, weighted_mean
-from mmalign.types import PairScores
+from mmalign.trainers.base import Parts, Trainer
+from mmalign.types import PairScores, StepOutput
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,55 @@ class AnswerScores:
             reference_rejected=None if asked is None else asked[rejected],
             chosen_length=self.length[chosen], rejected_length=self.length[rejected],
         )  # fmt: skip
+
+
+class AnswerTrainer(Trainer):
+    """Parent of the methods on answers: holds what a method is given, and asks about every answer once.
+
+    Settings of a subclass have ``prefix``, those of a method on pairs ``beta`` as well.
+    """
+
+    config: Any
+
+    def __init__(self, config: Any, parts: Parts) -> None:
+        self.config = config
+        self.family = parts.family
+        self.policy = parts.policy
+        self.reference = parts.reference
+        self.features = parts.features
+
+    @classmethod
+    def build(cls, config: Any, parts: Parts) -> Self:
+        return cls(config, parts)
+
+    def scores(self, batch: BranchBatch, *, reference: bool = True) -> AnswerScores:
+        """Every answer of a batch that is on its device already, by the policy and (where there is one) the reference.
+
+        Args:
+            reference: whether to ask it.
+        """
+        return answer_scores(
+            self.family, self.policy, self.reference if reference else None, batch, prefix=self.config.prefix,
+            features=self.features,
+        )  # fmt: skip
+
+    def pair_output(
+        self, losses: Tensor, scores: PairScores, weight: Tensor, *, paired: Tensor | None = None,
+        metrics: Mapping[str, Tensor] | None = None,
+    ) -> StepOutput:  # fmt: skip
+        """The step's loss and metrics, from one loss per pair.
+
+        Args:
+            losses, weight: of the rows. ``[N]``
+            paired: 1 for rows whose pair the metrics are to count, 0 for others; default: all. ``[N]``
+            metrics: what the method reports of its own.
+        """
+        counted = weight if paired is None else weight * paired
+        told = {
+            "weight": weight.sum(), "loss": weighted_mean(losses.detach(), weight),
+            **answer_metrics(scores, counted, beta=self.config.beta), **(metrics or {}),
+        }  # fmt: skip
+        return StepOutput(loss=(losses * weight).sum() / len(weight), metrics=told)
 
 
 def answer_scores(

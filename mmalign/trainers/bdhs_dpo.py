@@ -29,7 +29,6 @@ from mmalign.models.hallucinate.sampling import Generation, MadeUp, make_up
 from mmalign.models.hallucinate.settings import BdhsSettings
 from mmalign.models.hallucinate.similarity import load_similarity
 from mmalign.objectives.reduce import weighted_mean
-from mmalign.trainers.answers import answer_metrics, answer_scores
 from mmalign.trainers.base import Parts
 from mmalign.trainers.choices import NOTHING, Choice, ChosenPairs, RecordBatch
 from mmalign.trainers.vlm_dpo import VlmDPOConfig
@@ -136,19 +135,15 @@ class BdhsDPO(ChosenPairs):
         self.write(choices, ctx)
         config, weight = self.config, batch.weight.to(ctx.device)
         rows = self.family.collate([self.family.encode(choice.record) for choice in choices]).to(ctx.device)
-        scores = answer_scores(
-            self.family, self.policy, self.reference, rows, prefix=config.prefix, features=self.features
-        )
+        scores = self.scores(rows)
         first = torch.tensor([0, *rows.counts[:-1]], device=ctx.device).cumsum(0)
         both = torch.tensor([float(count == 3) for count in rows.counts], device=ctx.device)
         table, made_up = scores.compare(first, first + 1), scores.compare(first, first + 1 + both.long())
         losses = config.offline * self.pairs.losses(table, rows)
         losses = losses + (1 - config.offline) * both * self.pairs.losses(made_up, rows)
-        metrics = {"weight": weight.sum(), "loss": weighted_mean(losses.detach(), weight)}
-        metrics |= answer_metrics(table, weight, beta=config.beta)
-        metrics["made_up_margin"] = self._margin(made_up, weight * both)
-        metrics |= self.shares(choices, weight) | self.measures(choices, weight)
-        return StepOutput(loss=(losses * weight).sum() / len(batch), metrics=metrics)
+        told = {"made_up_margin": self._margin(made_up, weight * both)}
+        told |= self.shares(choices, weight) | self.measures(choices, weight)
+        return self.pair_output(losses, table, weight, metrics=told)
 
     def _margin(self, scores: PairScores, weight: Tensor) -> Tensor:
         """Mean reward margin over the rows with an answer made up."""

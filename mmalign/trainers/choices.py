@@ -9,15 +9,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mmalign.branches import Answer, BranchRecord
 from mmalign.objectives.reduce import weighted_mean
-from mmalign.trainers.answers import answer_metrics, answer_scores
-from mmalign.trainers.base import Parts, Trainer
+from mmalign.trainers.answers import AnswerTrainer
+from mmalign.trainers.base import Parts
 from mmalign.trainers.vlm_dpo import VlmDPO
 from mmalign.types import StepContext, StepOutput
 
@@ -64,24 +64,16 @@ class Choice:
         return {"step": step + 1, "id": self.record.id, "source": self.source, **self.said, "pair": pair}
 
 
-class ChosenPairs(Trainer):
+class ChosenPairs(AnswerTrainer):
     """Parent of methods that choose a row's pair anew in every step. A subclass says how (`choose`)."""
 
     batches: ClassVar[str] = "vlm_records"
     SOURCES: ClassVar[tuple[str, ...]]
 
     def __init__(self, config: Any, parts: Parts) -> None:
-        self.config = config
-        self.family = parts.family
-        self.policy = parts.policy
-        self.reference = parts.reference
-        self.features = parts.features
+        super().__init__(config, parts)
         self.buffer = parts.buffer
         self.pairs = VlmDPO(config, parts)
-
-    @classmethod
-    def build(cls, config: Any, parts: Parts) -> Self:
-        return cls(config, parts)
 
     @classmethod
     def wants_reference(cls, config: Any) -> bool:
@@ -101,14 +93,10 @@ class ChosenPairs(Trainer):
         weight = batch.weight.to(ctx.device)
         counts = torch.tensor([float(choice.counts) for choice in choices], device=ctx.device)
         pairs = self.family.collate([self.family.encode(choice.record) for choice in choices]).to(ctx.device)
-        scores = answer_scores(
-            self.family, self.policy, self.reference, pairs, prefix=self.config.prefix, features=self.features
-        ).pair(pairs)
+        scores = self.scores(pairs).pair(pairs)
         losses = self.pairs.losses(scores, pairs) * counts
-        metrics = {"weight": weight.sum(), "loss": weighted_mean(losses.detach(), weight)}
-        metrics |= answer_metrics(scores, weight * counts, beta=self.config.beta)
-        metrics |= self.shares(choices, weight) | self.measures(choices, weight)
-        return StepOutput(loss=(losses * weight).sum() / len(batch), metrics=metrics)
+        made = self.shares(choices, weight) | self.measures(choices, weight)
+        return self.pair_output(losses, scores, weight, paired=counts, metrics=made)
 
     def write(self, choices: Sequence[Choice], ctx: StepContext) -> None:
         """Put what became of the rows into the run folder."""

@@ -15,7 +15,7 @@ Judges reward length where it finds more, so look at the lengths beside every sc
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -23,9 +23,7 @@ from mmalign.branches import BranchBatch
 from mmalign.config import Section
 from mmalign.objectives import get_objective
 from mmalign.objectives.lengths import per_token
-from mmalign.objectives.reduce import weighted_mean
-from mmalign.trainers.answers import answer_metrics, answer_scores
-from mmalign.trainers.base import Parts, Trainer
+from mmalign.trainers.answers import AnswerTrainer
 from mmalign.trainers.likes import likes_output
 from mmalign.types import StepContext, StepOutput
 
@@ -59,24 +57,13 @@ class CxrDPOConfig(Section):
             raise ValueError(f"alpha must not be negative, got {self.alpha}")
 
 
-class CxrDPO(Trainer):
+class CxrDPO(AnswerTrainer):
     """See the module's head."""
 
     Config = CxrDPOConfig
     batches: ClassVar[str] = "vlm_pairs"
     stored_reference: ClassVar[bool] = True
     notice: ClassVar[str] = NOTICE
-
-    def __init__(self, config: CxrDPOConfig, parts: Parts) -> None:
-        self.config = config
-        self.family = parts.family
-        self.policy = parts.policy
-        self.reference = parts.reference
-        self.features = parts.features
-
-    @classmethod
-    def build(cls, config: CxrDPOConfig, parts: Parts) -> Self:
-        return cls(config, parts)
 
     @classmethod
     def wants_reference(cls, config: CxrDPOConfig) -> bool:
@@ -88,9 +75,7 @@ class CxrDPO(Trainer):
 
     def training_step(self, batch: BranchBatch, ctx: StepContext) -> StepOutput:
         config, batch = self.config, batch.to(ctx.device)
-        scores = answer_scores(
-            self.family, self.policy, self.reference, batch, prefix=config.prefix, features=self.features
-        )
+        scores = self.scores(batch)
         if config.objective == "kto":
             # A row holds the chosen report, the rejected one, and a report of another study.
             return likes_output(
@@ -101,6 +86,4 @@ class CxrDPO(Trainer):
         alpha = LENGTH_WEIGHT if config.alpha is None else config.alpha
         extra = {"alpha": alpha} if config.objective == "lc_dpo" else {}
         losses = torch.as_tensor(get_objective(config.objective)(read, beta=config.beta, **extra))
-        metrics = {"weight": batch.weight.sum(), "loss": weighted_mean(losses.detach(), batch.weight)}
-        metrics |= answer_metrics(pairs, batch.weight, beta=config.beta)
-        return StepOutput(loss=(losses * batch.weight).sum() / len(batch), metrics=metrics)
+        return self.pair_output(losses, pairs, batch.weight)

@@ -19,7 +19,7 @@ a weak perturbation left alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -29,7 +29,6 @@ from torch.optim import Optimizer
 from mmalign.branches import BranchBatch
 from mmalign.config import Section
 from mmalign.models.reference import MovingReference
-from mmalign.trainers.answers import answer_scores
 from mmalign.trainers.base import Parts, RateSpan, Stateful
 from mmalign.trainers.vlm_dpo import VlmDPO, VlmDPOConfig
 from mmalign.trainers.vlm_sft import answers_output
@@ -108,10 +107,6 @@ class Temple(VlmDPO):
         self.module: nn.Module = parts.policy
         self._optimizers: Mapping[str, Optimizer] = {}
 
-    @classmethod
-    def build(cls, config: TempleConfig, parts: Parts) -> Self:  # type: ignore[override]
-        return cls(config, parts)
-
     def build_optimizers(self, build: Callable[[Sequence[Tensor]], Optimizer]) -> Mapping[str, Optimizer]:
         self._optimizers = super().build_optimizers(build)
         return self._optimizers
@@ -123,10 +118,7 @@ class Temple(VlmDPO):
         number, _ = self.config.span(ctx.step)
         if self.config.stages[number].loss == "answers":
             batch = batch.to(ctx.device)
-            scores = answer_scores(
-                self.family, self.policy, None, batch, prefix=self.config.prefix, features=self.features
-            )
-            out = answers_output(scores, batch)
+            out = answers_output(self.scores(batch, reference=False), batch)
         else:
             out = super().training_step(batch, ctx)
         stage = torch.full_like(out.metrics["loss"], float(number))

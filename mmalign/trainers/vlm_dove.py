@@ -9,14 +9,12 @@ and the instruction's tokens cancel. A prompt with words in front of its media s
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 from mmalign.branches import BranchBatch
 from mmalign.config import Section
 from mmalign.objectives import get_objective
-from mmalign.objectives.reduce import weighted_mean
-from mmalign.trainers.answers import answer_metrics, answer_scores
-from mmalign.trainers.base import Parts, Trainer
+from mmalign.trainers.answers import AnswerTrainer
 from mmalign.types import StepContext, StepOutput
 
 
@@ -35,31 +33,15 @@ class VlmDoveConfig(Section):
             raise ValueError(f"beta must be positive, got {self.beta}")
 
 
-class VlmDove(Trainer):
+class VlmDove(AnswerTrainer):
     """See the module's head."""
 
     Config = VlmDoveConfig
     batches: ClassVar[str] = "vlm_joint"
     stored_reference: ClassVar[bool] = True
 
-    def __init__(self, config: VlmDoveConfig, parts: Parts) -> None:
-        self.config = config
-        self.family = parts.family
-        self.policy = parts.policy
-        self.reference = parts.reference
-        self.features = parts.features
-
-    @classmethod
-    def build(cls, config: VlmDoveConfig, parts: Parts) -> Self:
-        return cls(config, parts)
-
     def training_step(self, batch: BranchBatch, ctx: StepContext) -> StepOutput:
-        config, batch = self.config, batch.to(ctx.device)
-        scores = answer_scores(
-            self.family, self.policy, self.reference, batch, prefix=config.prefix, features=self.features
-        ).pair(batch)
+        batch = batch.to(ctx.device)
+        scores = self.scores(batch).pair(batch)
         # The branches hold instruction and answer, so that their sum is the joint log-ratio of ``objectives.logratios.dove``.
-        losses, weight = get_objective("dpo")(scores, beta=config.beta), batch.weight
-        metrics = {"weight": weight.sum(), "loss": weighted_mean(losses.detach(), weight)}
-        metrics |= answer_metrics(scores, weight, beta=config.beta)
-        return StepOutput(loss=(losses * weight).sum() / len(batch), metrics=metrics)
+        return self.pair_output(get_objective("dpo")(scores, beta=self.config.beta), scores, batch.weight)

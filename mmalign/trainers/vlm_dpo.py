@@ -12,7 +12,7 @@ objective is a setting, because all of them read the same scores. Choices in pla
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -23,9 +23,7 @@ from mmalign.config import Section
 from mmalign.errors import ConfigError
 from mmalign.objectives import get_objective
 from mmalign.objectives.lengths import per_token
-from mmalign.objectives.reduce import weighted_mean
-from mmalign.trainers.answers import answer_metrics, answer_scores, weigh_excess
-from mmalign.trainers.base import Parts, Trainer
+from mmalign.trainers.answers import AnswerTrainer, weigh_excess
 from mmalign.types import PairScores, StepContext, StepOutput
 
 Objective = Literal[
@@ -106,23 +104,12 @@ class VlmDPOConfig(Section):
             raise ValueError("soft_labels works without label_smoothing")
 
 
-class VlmDPO(Trainer):
+class VlmDPO(AnswerTrainer):
     """See the module's head."""
 
     Config = VlmDPOConfig
     batches: ClassVar[str] = "vlm_pairs"
     stored_reference: ClassVar[bool] = True
-
-    def __init__(self, config: VlmDPOConfig, parts: Parts) -> None:
-        self.config = config
-        self.family = parts.family
-        self.policy = parts.policy
-        self.reference = parts.reference
-        self.features = parts.features
-
-    @classmethod
-    def build(cls, config: VlmDPOConfig, parts: Parts) -> Self:
-        return cls(config, parts)
 
     @classmethod
     def wants_reference(cls, config: Any) -> bool:
@@ -132,17 +119,8 @@ class VlmDPO(Trainer):
         config, batch = self.config, batch.to(ctx.device)
         if config.objective == "ld_dpo" and config.alpha is not None:
             batch = weigh_excess(batch, config.alpha)
-        scores = answer_scores(
-            self.family, self.policy, self.reference, batch, prefix=config.prefix, features=self.features
-        ).pair(batch)
-        return self.output(scores, batch)
-
-    def output(self, scores: PairScores, batch: BranchBatch) -> StepOutput:
-        """Loss and metrics of scored pairs."""
-        losses, weight = self.losses(scores, batch), batch.weight
-        metrics = {"weight": weight.sum(), "loss": weighted_mean(losses.detach(), weight)}
-        metrics |= answer_metrics(scores, weight, beta=self.config.beta)
-        return StepOutput(loss=(losses * weight).sum() / len(batch), metrics=metrics)
+        scores = self.scores(batch).pair(batch)
+        return self.pair_output(self.losses(scores, batch), scores, batch.weight)
 
     def losses(self, scores: PairScores, batch: BranchBatch) -> Tensor:
         """The configured sum of objectives, one loss per pair. ``[N]``"""

@@ -8,14 +8,13 @@ micro-batch on all processes. Pairs serve as well: their chosen answer is liked,
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from mmalign.branches import BranchBatch
 from mmalign.config import Section
-from mmalign.trainers.answers import AnswerScores, answer_scores
-from mmalign.trainers.base import Parts, Trainer
+from mmalign.trainers.answers import AnswerScores, AnswerTrainer
 from mmalign.trainers.likes import likes_output
 from mmalign.types import StepContext, StepOutput
 
@@ -43,29 +42,15 @@ class VlmKTOConfig(Section):
             raise ValueError("desirable_weight and undesirable_weight must not be negative")
 
 
-class VlmKTO(Trainer):
+class VlmKTO(AnswerTrainer):
     """See the module's head."""
 
     Config = VlmKTOConfig
     batches: ClassVar[str] = "vlm_labelled"
 
-    def __init__(self, config: VlmKTOConfig, parts: Parts) -> None:
-        self.config = config
-        self.family = parts.family
-        self.policy = parts.policy
-        self.reference = parts.reference
-        self.features = parts.features
-
-    @classmethod
-    def build(cls, config: VlmKTOConfig, parts: Parts) -> Self:
-        return cls(config, parts)
-
     def training_step(self, batch: BranchBatch, ctx: StepContext) -> StepOutput:
-        config, batch = self.config, batch.to(ctx.device)
-        scores = answer_scores(
-            self.family, self.policy, self.reference, batch, prefix=config.prefix, features=self.features
-        )
-        return self.output(scores, batch)
+        batch = batch.to(ctx.device)
+        return self.output(self.scores(batch), batch)
 
     @classmethod
     def wants_mismatched(cls, config: VlmKTOConfig) -> bool:

@@ -10,7 +10,7 @@ All answers of a list are branches behind one prompt, so that a list of K costs 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ from mmalign.config import Section
 from mmalign.errors import ConfigError
 from mmalign.objectives import get_objective
 from mmalign.objectives.reduce import weighted_mean
-from mmalign.trainers.answers import AnswerScores, answer_scores
-from mmalign.trainers.base import Parts, Trainer
+from mmalign.trainers.answers import AnswerScores, AnswerTrainer
 from mmalign.trainers.lists import list_metrics
 from mmalign.types import RankedScores, StepContext, StepOutput
 
@@ -51,29 +50,16 @@ class VlmListConfig(Section):
             raise ValueError(f"weighting has no effect with objective '{self.objective}'; remove it")
 
 
-class VlmList(Trainer):
+class VlmList(AnswerTrainer):
     """See the module's head."""
 
     Config = VlmListConfig
     batches: ClassVar[str] = "vlm_lists"
     stored_reference: ClassVar[bool] = True
 
-    def __init__(self, config: VlmListConfig, parts: Parts) -> None:
-        self.config = config
-        self.family = parts.family
-        self.policy = parts.policy
-        self.reference = parts.reference
-        self.features = parts.features
-
-    @classmethod
-    def build(cls, config: VlmListConfig, parts: Parts) -> Self:
-        return cls(config, parts)
-
     def training_step(self, batch: BranchBatch, ctx: StepContext) -> StepOutput:
         batch = batch.to(ctx.device)
-        found = answer_scores(
-            self.family, self.policy, self.reference, batch, prefix=self.config.prefix, features=self.features
-        )
+        found = self.scores(batch)
         scores, weight = self.ranked(found, batch), batch.weight
         options = {"weighting": self.config.weighting} if self.config.objective == "tree_po" else {}
         losses = get_objective(self.config.objective)(scores, beta=self.config.beta, **options)

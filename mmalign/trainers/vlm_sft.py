@@ -7,13 +7,12 @@ chosen answer alone is used, and the rejected one is not even encoded.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 from mmalign.branches import BranchBatch
 from mmalign.config import Section
 from mmalign.objectives.reduce import weighted_mean
-from mmalign.trainers.answers import AnswerScores, answer_scores
-from mmalign.trainers.base import Parts, Trainer
+from mmalign.trainers.answers import AnswerScores, AnswerTrainer
 from mmalign.types import StepContext, StepOutput
 
 
@@ -25,27 +24,16 @@ class VlmSFTConfig(Section):
     """Without a second answer both are one row per prompt; kept so that all methods on answers take the setting."""
 
 
-class VlmSFT(Trainer):
+class VlmSFT(AnswerTrainer):
     """See the module's head."""
 
     Config = VlmSFTConfig
     batches: ClassVar[str] = "vlm_chosen"
     needs_reference: ClassVar[bool] = False
 
-    def __init__(self, config: VlmSFTConfig, parts: Parts) -> None:
-        self.config = config
-        self.family = parts.family
-        self.policy = parts.policy
-        self.features = parts.features
-
-    @classmethod
-    def build(cls, config: VlmSFTConfig, parts: Parts) -> Self:
-        return cls(config, parts)
-
     def training_step(self, batch: BranchBatch, ctx: StepContext) -> StepOutput:
         batch = batch.to(ctx.device)
-        scores = answer_scores(self.family, self.policy, None, batch, prefix=self.config.prefix, features=self.features)
-        return answers_output(scores, batch)
+        return answers_output(self.scores(batch, reference=False), batch)
 
 
 def answers_output(scores: AnswerScores, batch: BranchBatch) -> StepOutput:

@@ -17,7 +17,7 @@ answers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,8 @@ from mmalign.objectives import get_objective
 from mmalign.objectives.divergence import token_divergence
 from mmalign.objectives.reduce import weighted_mean
 from mmalign.objectives.tokens import MaskedTokens
-from mmalign.trainers.answers import answer_metrics, vision_features
-from mmalign.trainers.base import Parts, Stateful, Trainer
+from mmalign.trainers.answers import AnswerTrainer, vision_features
+from mmalign.trainers.base import Parts, Stateful
 from mmalign.types import PairScores, StepContext, StepOutput
 
 
@@ -73,28 +73,20 @@ class TokenMasks(nn.Module):
         return F.relu((each * self.mix[:, None]).sum(0) + self.shift)
 
 
-class VlmSparsePO(Trainer):
+class VlmSparsePO(AnswerTrainer):
     """See the module's head."""
 
     Config = VlmSparsePOConfig
     batches: ClassVar[str] = "vlm_pairs"
 
     def __init__(self, config: VlmSparsePOConfig, parts: Parts) -> None:
-        self.config = config
-        self.family = parts.family
-        self.policy = parts.policy
-        self.reference = parts.reference
-        self.features = parts.features
+        super().__init__(config, parts)
         text = parts.family.text_config
         count = 1 if config.masks == "common" else 2
         self.masks = nn.ModuleList(TokenMasks(text.num_hidden_layers, text.hidden_size) for _ in range(count))
         self.masks.to(parts.family.device)
         for value in self.masks.parameters():
             value.register_hook(_averaged)
-
-    @classmethod
-    def build(cls, config: VlmSparsePOConfig, parts: Parts) -> Self:
-        return cls(config, parts)
 
     def parameter_groups(self) -> Mapping[str, Sequence[Tensor]]:
         return {"main": [*super().parameter_groups()["main"], *self.masks.parameters()]}
@@ -148,14 +140,13 @@ class VlmSparsePO(Trainer):
             policy_chosen=sums[0][0], policy_rejected=sums[0][1], reference_chosen=sums[1][0], reference_rejected=sums[1][1],
             chosen_length=length[0], rejected_length=length[1],
         )  # fmt: skip
-        metrics = {"weight": weight.sum(), "loss": weighted_mean(losses.detach(), weight)}
-        metrics |= answer_metrics(scores, weight, beta=self.config.beta)
         answers, tokens = weight[batch.record], present.sum(1).clamp_min(1)
+        metrics = {}
         for name, table in (("mask_reward", tables[3]), ("mask_kl", tables[4]), ("kl_per_token", tables[2])):
             metrics[name] = weighted_mean((table.detach() * present).sum(1) / tokens, answers)
         silent = ((tables[3].detach() == 0) & (present > 0)).sum(1) / tokens
         metrics["mask_zero"] = weighted_mean(silent, answers)
-        return StepOutput(loss=(losses * weight).sum() / len(batch), metrics=metrics)
+        return self.pair_output(losses, scores, weight, metrics=metrics)
 
 
 def _averaged(gradient: Tensor) -> Tensor:

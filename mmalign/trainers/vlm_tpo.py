@@ -7,7 +7,7 @@ TRL), which enters as ``-log sigmoid(beta difference - gamma)``. The authors use
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -15,8 +15,7 @@ from mmalign.branches import BranchBatch
 from mmalign.config import Section
 from mmalign.objectives import get_objective
 from mmalign.objectives.reduce import weighted_mean
-from mmalign.trainers.answers import answer_metrics, answer_scores
-from mmalign.trainers.base import Parts, Trainer
+from mmalign.trainers.answers import AnswerTrainer
 from mmalign.types import PairScores, StepContext, StepOutput
 
 
@@ -43,26 +42,16 @@ class VlmTPOConfig(Section):
             raise ValueError("gamma has no effect without length_average (TPO-L); remove it")
 
 
-class VlmTPO(Trainer):
+class VlmTPO(AnswerTrainer):
     """See the module's head."""
 
     Config = VlmTPOConfig
     batches: ClassVar[str] = "vlm_triples"
     needs_reference: ClassVar[bool] = False
 
-    def __init__(self, config: VlmTPOConfig, parts: Parts) -> None:
-        self.config = config
-        self.family = parts.family
-        self.policy = parts.policy
-        self.features = parts.features
-
-    @classmethod
-    def build(cls, config: VlmTPOConfig, parts: Parts) -> Self:
-        return cls(config, parts)
-
     def training_step(self, batch: BranchBatch, ctx: StepContext) -> StepOutput:
         config, batch = self.config, batch.to(ctx.device)
-        found = answer_scores(self.family, self.policy, None, batch, prefix=config.prefix, features=self.features)
+        found = self.scores(batch, reference=False)
         if any(count != 3 for count in batch.counts):
             raise ValueError("vlm_tpo needs three answers in every record: chosen, rejected, gold")
         chosen, rejected, gold = (found.policy[number::3] for number in range(3))
@@ -76,9 +65,8 @@ class VlmTPO(Trainer):
             scores, beta=config.beta, anchor=anchor, alpha=config.alpha, length_average=config.length_average,
             gamma=config.gamma,
         )  # fmt: skip
-        weight = batch.weight
-        metrics = {"weight": weight.sum(), "loss": weighted_mean(losses.detach(), weight)}
-        metrics |= answer_metrics(scores, weight, beta=config.beta)
-        metrics["gold_nll"] = weighted_mean(anchor.detach(), weight)
-        metrics["gold_length"] = weighted_mean(torch.as_tensor(lengths[2]), weight)
-        return StepOutput(loss=(losses * weight).sum() / len(batch), metrics=metrics)
+        told = {
+            "gold_nll": weighted_mean(anchor.detach(), batch.weight),
+            "gold_length": weighted_mean(torch.as_tensor(lengths[2]), batch.weight),
+        }
+        return self.pair_output(losses, scores, batch.weight, metrics=told)
