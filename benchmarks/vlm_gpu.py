@@ -39,13 +39,10 @@ from typing import Any
 import torch
 from dpo_measure import _peak, _resident, _settle, _start_peak
 from flops import matmul_rate
-from torch import Tensor, nn
 from vlm_flops import Shape, pair_flops
 from vlm_models import pairs, qwen_parts
-from vlm_sides import LEARNING_RATE, RANK, Ours, Side, Trl
+from vlm_sides import Ours, Side, Trl, TwoSequences, shift
 
-from mmalign.branches import BranchRecord
-from mmalign.models.adapters import adapters_off, attach_lora
 from mmalign.models.vlm import VLM_FAMILIES
 from mmalign.models.vlm.base import VlmConfig, VlmFamily
 from mmalign.models.vlm.kernels import SEGMENTS
@@ -57,67 +54,6 @@ BASELINES = ("TRL", "two sequences", "our tower")
 NAMES = ("TRL", "ours", "ours, cached", "our tower", "two sequences", "ours, flex", "ours, kept")
 FAILURES = (RuntimeError, ValueError, ImportError, OSError, TypeError, AttributeError)
 """What a side may end with; out of memory is a RuntimeError."""
-
-
-def shift(policy: nn.Module) -> None:
-    """Move the adapter a little, the same way on every side: at the start every loss is log 2, whatever one computes."""
-    stream = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, value in policy.named_parameters():
-            if "lora_B" in name:
-                value.copy_(0.002 * torch.randn(value.shape, generator=stream).to(value.device))
-
-
-class TwoSequences(Side):
-    """What one would write by hand: two whole sequences, pixels with each, adapters off for the reference."""
-
-    def __init__(self, family: VlmFamily, network: nn.Module, records: Sequence[BranchRecord], device: torch.device) -> None:
-        super().__init__(1, device)
-        targets = family.lora_targets["language"]
-        self.policy: Any = attach_lora(network, rank=RANK, alpha=2 * RANK, targets=targets, seed=1).train()
-        shift(self.policy)
-        self.dtype = family.dtype
-        self.batches = [self._batch(family, record) for record in records]
-        self.trained = [value for value in self.policy.parameters() if value.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=0.0)
-        self.count = 0
-
-    def _batch(self, family: VlmFamily, record: BranchRecord) -> dict[str, Any]:
-        (row,) = family.encode(record).rows
-        width = len(row.prefix) + max(map(len, row.branches))
-        ids, mask = torch.full((2, width), family.tokenizer.pad_token_id), torch.zeros(2, width, dtype=torch.int64)
-        for number, branch in enumerate(row.branches):
-            length = len(row.prefix) + len(branch)
-            ids[number, :length], mask[number, :length] = torch.cat([row.prefix, branch]), 1
-        media: dict[str, Tensor] = {}
-        for unit in row.units:
-            media = {name: torch.cat([value, value]) if name == "pixel_values" else torch.stack([value, value])
-                     for name, value in unit.tensors.items()}  # fmt: skip
-        made = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": family.token_types(ids), **media}
-        keep = torch.arange(len(row.prefix) - 1, width - 1)
-        answers = mask[:, len(row.prefix) :].bool()
-        return {"inputs": {name: value.to(self.device) for name, value in made.items()}, "keep": keep.to(self.device),
-                "target": ids[:, len(row.prefix) :].to(self.device), "answers": answers.to(self.device)}  # fmt: skip
-
-    def _scores(self, batch: dict[str, Any]) -> Tensor:
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.policy(**batch["inputs"], use_cache=False, logits_to_keep=batch["keep"]).logits
-        found = logits.float().log_softmax(-1).gather(-1, batch["target"][..., None])[..., 0]
-        total: Tensor = (found * batch["answers"]).sum(-1)
-        return total
-
-    def step(self) -> float:
-        batch = self.batches[self.count % len(self.batches)]
-        self.count += 1
-        with torch.no_grad(), adapters_off(self.policy):
-            reference = self._scores(batch)
-        gain = self._scores(batch) - reference
-        loss = -nn.functional.logsigmoid(0.1 * (gain[0] - gain[1]))
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.trained, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(loss.detach())
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 if TYPE_CHECKING:
     from mmalign.models.diffusion.base import DiffusionFamily
+    from mmalign.models.vlm.base import VlmFamily
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +47,33 @@ def tiny_family(tiny_folder: Callable[[str], Path]) -> Callable[[str], Diffusion
         if variant not in loaded:
             loaded[variant] = load(variant, tiny_folder(variant))
         return loaded[variant]
+
+    return family
+
+
+@pytest.fixture(scope="session")
+def tiny_vlm_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny vision-language model by variant name (``fixtures.tiny_vlm.VARIANTS``), built when first asked for."""
+    root = tmp_path_factory.mktemp("tiny_vlm")
+
+    @cache
+    def folder(variant: str) -> Path:
+        from tests.fixtures import tiny_vlm
+
+        return tiny_vlm.build(variant, root / variant)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_vlm_family(tiny_vlm_folder: Callable[[str], Path]) -> Callable[[str], VlmFamily]:
+    """The loaded variant, shared by the session: tests leave its weights as they are."""
+
+    @cache
+    def family(variant: str) -> VlmFamily:
+        from tests.fixtures import tiny_vlm
+
+        return tiny_vlm.load(variant, tiny_vlm_folder(variant))
 
     return family
 

@@ -127,7 +127,7 @@ def test_rows_without_an_answer_are_named(boards: Path, tmp_path: Path) -> None:
     assert sample(tmp_path, asked, "{name: bdhs, reference: model, rho: 0.9}").made == 3
 
 
-def test_clips_are_hidden_too(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_clips_are_hidden_too(tiny_vlm_folder: Callable[[str], Path], tmp_path: Path) -> None:
     from tests.fixtures import tiny_vlm
 
     frames = []
@@ -138,7 +138,8 @@ def test_clips_are_hidden_too(folder_of: Callable[[str], Path], tmp_path: Path) 
     row = {"id": "c", "prompt": turn, "completion": reply("A red circle. Then a star."), "videos": [{"frames": frames}]}
     (tmp_path / "clips.jsonl").write_text(json.dumps(row) + "\n")
     for name in ("llava_onevision", "qwen3_vl"):
-        sample(tmp_path / name, tmp_path / "clips.jsonl", "{name: bdhs, rho: 1.0}", "max_new_tokens=8", model=folder_of(name))
+        model = tiny_vlm_folder(name)
+        sample(tmp_path / name, tmp_path / "clips.jsonl", "{name: bdhs, rho: 1.0}", "max_new_tokens=8", model=model)
         made = open_vlm(tmp_path / name / "out")[0].meta["sampled"]
         assert made["hidden"] == made["image_tokens"] > 4
 

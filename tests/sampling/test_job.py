@@ -147,7 +147,7 @@ def test_a_table_of_which_nothing_can_be_used_is_an_error_and_can_be_mended(ques
     assert sample_answers(config, progress=False).made == 5
 
 
-def test_clips_go_along_as_frames(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_clips_go_along_as_frames(tiny_vlm_folder: Callable[[str], Path], tmp_path: Path) -> None:
     frames = []
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(tiny_vlm.picture(number).data or b"")
@@ -156,7 +156,7 @@ def test_clips_go_along_as_frames(folder_of: Callable[[str], Path], tmp_path: Pa
     row = {"id": "c", "prompt": turn, "videos": [{"frames": frames, "fps": 2.0}]}
     (tmp_path / "clips.jsonl").write_text(json.dumps(row) + "\n")
     config = settings(
-        tmp_path / "run", tmp_path / "clips.jsonl", "sampler.judges=[]", model=str(folder_of("qwen2_5_vl"))
+        tmp_path / "run", tmp_path / "clips.jsonl", "sampler.judges=[]", model=str(tiny_vlm_folder("qwen2_5_vl"))
     )
     sample_answers(config, progress=False)
     clip = open_vlm(tmp_path / "run" / "out")[0].media[0]

@@ -245,12 +245,7 @@ def starts_itself(family: VlmFamily, text: str) -> bool:
 def _answer(
     family: VlmFamily, record: str, messages: list[dict[str, Any]], prompt: str, answer: Answer, cap: int | None
 ) -> Tokens:
-    if not answer.text.strip():
-        raise VlmDataError(record, "empty_answer", "an answer without text")
-    tail = _continuation(family, record, messages, prompt, answer.text)
-    body = tail.find(answer.text.strip())
-    if body < 0:
-        raise VlmDataError(record, "template", "the chat template changes the answer's text")
+    tail, body = _placed(family, record, messages, prompt, answer.text)
     stop = body + len(answer.text.strip())
     closed = family.config.template_only or any(mark in tail[stop:] for mark in family.end_marks)
     if not closed:
@@ -261,8 +256,7 @@ def _answer(
     if cap is not None and len(ids) > cap:
         ids = ids[:cap]
         flags.append("truncated")
-    if family.placeholder_ids & set(ids):
-        raise VlmDataError(record, "placeholder_in_answer", "an answer holds the token that stands for a picture or clip")
+    _refuse_placeholders(family, record, ids)
     lead = body - (len(answer.text) - len(answer.text.lstrip()))
     weights = _weights(answer, len(ids), [(first - lead, last - lead) for first, last in offsets]) if answer.spans else None
     return Tokens(ids=torch.tensor(ids, dtype=torch.int64), weights=weights, flags=tuple(flags))
@@ -278,21 +272,30 @@ def spread(family: VlmFamily, record: BranchRecord, text: str) -> tuple[Tensor, 
     Raises:
         VlmDataError: as `encode`.
     """
-    text = text.strip()
-    if not text:
-        raise VlmDataError(record.id, "empty_answer", "an answer without text")
-    messages = conversation(record, record.media)
+    text, messages = text.strip(), conversation(record, record.media)
     prompt = render(family, record.id, messages, generation=True)
-    tail = _continuation(family, record.id, messages, prompt, text)
-    body = tail.find(text)
-    if body < 0:
-        raise VlmDataError(record.id, "template", "the chat template changes the answer's text")
+    tail, body = _placed(family, record.id, messages, prompt, text)
     ids, offsets, _ = _tokenize(family, prompt, tail, spans=True)
     places = [(first - body, last - body) for first, last in offsets]
     count = next((number for number, (first, last) in enumerate(places) if first >= len(text) and last > first), len(places))
-    if family.placeholder_ids & set(ids[:count]):
-        raise VlmDataError(record.id, "placeholder_in_answer", "an answer holds the token that stands for a picture or clip")
+    _refuse_placeholders(family, record.id, ids[:count])
     return torch.tensor(ids[:count], dtype=torch.int64), places[:count]
+
+
+def _placed(family: VlmFamily, record: str, messages: list[dict[str, Any]], prompt: str, answer: str) -> tuple[str, int]:
+    """What the template writes after the prompt for this answer, and where in it the stripped answer begins."""
+    if not answer.strip():
+        raise VlmDataError(record, "empty_answer", "an answer without text")
+    tail = _continuation(family, record, messages, prompt, answer)
+    body = tail.find(answer.strip())
+    if body < 0:
+        raise VlmDataError(record, "template", "the chat template changes the answer's text")
+    return tail, body
+
+
+def _refuse_placeholders(family: VlmFamily, record: str, ids: list[int]) -> None:
+    if family.placeholder_ids & set(ids):
+        raise VlmDataError(record, "placeholder_in_answer", "an answer holds the token that stands for a picture or clip")
 
 
 def _tokenize(

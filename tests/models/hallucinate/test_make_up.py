@@ -80,9 +80,9 @@ def test_every_sentence_keeps_its_beginning_and_gets_a_new_end(board_model: VlmF
 
 
 @pytest.mark.parametrize("name", list(tiny_vlm.VARIANTS))
-def test_nothing_hidden_at_temperature_0_says_what_the_model_says(name: str, family_of: Loaded) -> None:
+def test_nothing_hidden_at_temperature_0_says_what_the_model_says(name: str, tiny_vlm_family: Loaded) -> None:
     """Unguided and with no beginning kept, rate 0 is the plain model, for every family."""
-    family = family_of(name)
+    family = tiny_vlm_family(name)
     items = records(2)
     found = run(family, items, rho=0.0, rounds=1, guided=False, temperature=0.0)
     plain = family.generate(
@@ -109,8 +109,8 @@ def test_the_models_own_answer_comes_back_and_gives_no_pair(board_model: VlmFami
         assert made.similarity == pytest.approx(1.0)
 
 
-def test_the_last_of_several_rounds_is_not_guided(family_of: Loaded) -> None:
-    family = family_of("llava")
+def test_the_last_of_several_rounds_is_not_guided(tiny_vlm_family: Loaded) -> None:
+    family = tiny_vlm_family("llava")
     found = run(family, records(2), Fixed(1.0), rounds=3, rho=1.0)
     assert [(made.reason, made.round, made.guided, made.cuts) for made in found] == [("too_similar", 3, False, ())] * 2
     kept = run(family, records(2), Fixed(1.0), rounds=3, rho=1.0, keep_similar=True)
@@ -119,13 +119,13 @@ def test_the_last_of_several_rounds_is_not_guided(family_of: Loaded) -> None:
     assert all(made.guided and made.cuts for made in once)
 
 
-def test_an_answer_unlike_enough_ends_the_rounds(family_of: Loaded) -> None:
-    family = family_of("llava")
+def test_an_answer_unlike_enough_ends_the_rounds(tiny_vlm_family: Loaded) -> None:
+    family = tiny_vlm_family("llava")
     first = run(family, records(2), Fixed(0.5), rounds=5, rho=1.0)
     assert [made.round for made in first] == [1, 1]
 
 
-def test_masks_and_cuts_are_drawn_anew_in_every_round(family_of: Loaded) -> None:
+def test_masks_and_cuts_are_drawn_anew_in_every_round(tiny_vlm_family: Loaded) -> None:
     class Counting(Fixed):
         seen: list[str]
 
@@ -135,12 +135,12 @@ def test_masks_and_cuts_are_drawn_anew_in_every_round(family_of: Loaded) -> None
 
     counting = Counting(1.0)
     counting.seen = []
-    run(family_of("llava"), records(1), counting, rounds=4, rho=0.5)
+    run(tiny_vlm_family("llava"), records(1), counting, rounds=4, rho=0.5)
     assert len(counting.seen) == len(set(counting.seen)) == 4
 
 
-def test_leading_yes_and_no_are_swapped_with_their_probability(family_of: Loaded) -> None:
-    family = family_of("llava")
+def test_leading_yes_and_no_are_swapped_with_their_probability(tiny_vlm_family: Loaded) -> None:
+    family = tiny_vlm_family("llava")
     always = run(family, records(3), rho=1.0, swap_yes_no=1.0)
     assert all(made.swapped == (0, 1) for made in always)
     assert all(made.swapped == () for made in run(family, records(3), rho=1.0, swap_yes_no=0.0))
@@ -148,8 +148,8 @@ def test_leading_yes_and_no_are_swapped_with_their_probability(family_of: Loaded
         assert made.cuts[0] == 0 or made.text.startswith("No"[: made.cuts[0]])
 
 
-def test_what_is_made_up_belongs_to_record_seed_and_step_alone(family_of: Loaded) -> None:
-    family = family_of("smolvlm")
+def test_what_is_made_up_belongs_to_record_seed_and_step_alone(tiny_vlm_family: Loaded) -> None:
+    family = tiny_vlm_family("smolvlm")
     items = records(3)
     together = run(family, items, rho=0.5, seed=4, batch_size=16)
     assert together == run(family, items, rho=0.5, seed=4, batch_size=2)
@@ -158,15 +158,15 @@ def test_what_is_made_up_belongs_to_record_seed_and_step_alone(family_of: Loaded
     assert [made.text for made in together] != [made.text for made in run(family, items, rho=0.5, seed=4, step=1)]
 
 
-def test_a_picture_under_noise_is_what_the_model_sees(family_of: Loaded) -> None:
-    family = family_of("llava")
+def test_a_picture_under_noise_is_what_the_model_sees(tiny_vlm_family: Loaded) -> None:
+    family = tiny_vlm_family("llava")
     settings: dict[str, Any] = {"rho": 0.0, "rounds": 1, "guided": False, "temperature": 0.0}
     clear, noisy = run(family, records(2), **settings), run(family, records(2), noise_steps=900, **settings)
     assert [made.text for made in clear] != [made.text for made in noisy]
 
 
-def test_records_that_cannot_be_read_are_named_and_the_others_are_made(family_of: Loaded) -> None:
-    family = family_of("llava")
+def test_records_that_cannot_be_read_are_named_and_the_others_are_made(tiny_vlm_family: Loaded) -> None:
+    family = tiny_vlm_family("llava")
     broken = tiny_vlm.record("broken", media=[tiny_vlm.ImageRef(data=b"none")])
     found = run(family, [broken, *records(1)], rho=1.0)
     assert (found[0].reason, found[1].reason) == ("undecodable_media", "")

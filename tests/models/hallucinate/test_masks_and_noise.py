@@ -26,9 +26,9 @@ def draw(seed: int = 0) -> np.random.Generator:
 
 
 @pytest.mark.parametrize("name", list(tiny_vlm.VARIANTS))
-def test_image_tokens_are_the_placeholders_and_no_mark_around_them(name: str, family_of: Loaded) -> None:
+def test_image_tokens_are_the_placeholders_and_no_mark_around_them(name: str, tiny_vlm_family: Loaded) -> None:
     """As many as the model has features for, and each with the placeholder's number."""
-    family = family_of(name)
+    family = tiny_vlm_family(name)
     example = family.encode(tiny_vlm.record("a", media=[tiny_vlm.picture(1), tiny_vlm.picture(2, (64, 30))]), training=False)
     prefix = example.rows[0].prefix
     found = image_positions(family, prefix)
@@ -40,7 +40,7 @@ def test_image_tokens_are_the_placeholders_and_no_mark_around_them(name: str, fa
     assert torch.equal(everything, found) and not hidden_tokens(family, prefix, 0.0, draw()).any()
 
 
-def test_strategies_hide_the_share_they_are_told(family_of: Loaded) -> None:
+def test_strategies_hide_the_share_they_are_told(tiny_vlm_family: Loaded) -> None:
     rates = [STRATEGIES["random"](1000, 0.3, draw(seed)).sum() for seed in range(20)]
     assert 270 < np.mean(rates) < 330 and len(set(rates)) > 5
     assert STRATEGIES["exact"](10, 0.3, draw()).sum() == 3
@@ -48,7 +48,7 @@ def test_strategies_hide_the_share_they_are_told(family_of: Loaded) -> None:
     assert all(run.sum() == 4 for run in runs)
     assert all(np.abs(np.diff(run.astype(int), append=int(run[0]))).sum() == 2 for run in runs), "one stretch, round the end"
     assert len({run.tobytes() for run in runs}) > 5
-    family = family_of("llava")
+    family = tiny_vlm_family("llava")
     prefix = family.encode(tiny_vlm.record(media=[tiny_vlm.picture(1)]), training=False).rows[0].prefix
     assert hidden_tokens(family, prefix, 0.5, draw(), strategy="exact").sum() == 8
     with pytest.raises(ValueError, match="share"):

@@ -43,9 +43,9 @@ def drafts(family: VlmFamily, name: str, hide: Callable[[Tensor], Tensor], cuts:
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))
-def test_nothing_hidden_goes_on_as_the_plain_model_does(name: str, family_of: Loaded) -> None:
+def test_nothing_hidden_goes_on_as_the_plain_model_does(name: str, tiny_vlm_family: Loaded) -> None:
     """Token for token at temperature 0, from several cuts, pictures and clips; equal for one row at a time and all at once."""
-    family = family_of(name)
+    family = tiny_vlm_family(name)
     asked = drafts(family, name, torch.zeros_like)
     wanted = [
         [stepwise(family, item, 4, draft.given[:cut].tolist()) for cut in draft.cuts]
@@ -83,9 +83,9 @@ def seen_masks(family: VlmFamily) -> Iterator[list[Tensor]]:
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))
-def test_what_no_layer_looks_at_is_exactly_the_image_tokens(name: str, family_of: Loaded) -> None:
+def test_what_no_layer_looks_at_is_exactly_the_image_tokens(name: str, tiny_vlm_family: Loaded) -> None:
     """In the pass over the prompt and in every later step, in every layer: all placeholders hidden, and nothing else."""
-    family = family_of(name)
+    family = tiny_vlm_family(name)
     draft = drafts(family, name, lambda image: image, cuts=(2,))[-1]
     hidden = draft.hide
     assert hidden is not None and hidden.any() and not hidden.all()
@@ -145,10 +145,10 @@ def swapped(family: VlmFamily, hide: Tensor, change: Callable[[Tensor, Tensor], 
 
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_features_of_hidden_tokens_have_no_effect_and_those_of_visible_ones_do(
-    name: str, family_of: Loaded, monkeypatch: pytest.MonkeyPatch
+    name: str, tiny_vlm_family: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of the tokens hidden: replacing their features changes nothing, to the last bit; replacing the others' does."""
-    family = family_of(name)
+    family = tiny_vlm_family(name)
     example = family.encode(record("a", media=[picture(1)]), training=False)
     image = image_positions(family, example.rows[0].prefix)
     hide = image & (torch.rand(len(image), generator=torch.Generator().manual_seed(1)) < 0.5)
@@ -174,8 +174,8 @@ def test_features_of_hidden_tokens_have_no_effect_and_those_of_visible_ones_do(
         assert (logits() - plain).abs().max() > 1e-4
 
 
-def test_hidden_tokens_change_what_is_said(family_of: Loaded) -> None:
-    family = family_of("llava")
+def test_hidden_tokens_change_what_is_said(tiny_vlm_family: Loaded) -> None:
+    family = tiny_vlm_family("llava")
     shown = drafts(family, "llava", torch.zeros_like)
     blind = drafts(family, "llava", lambda image: image)
     settings = {"max_new_tokens": 6, "temperature": 0}
@@ -184,8 +184,8 @@ def test_hidden_tokens_change_what_is_said(family_of: Loaded) -> None:
     )
 
 
-def test_a_continuation_depends_on_its_own_stream_alone(family_of: Loaded) -> None:
-    family = family_of("smolvlm")
+def test_a_continuation_depends_on_its_own_stream_alone(tiny_vlm_family: Loaded) -> None:
+    family = tiny_vlm_family("smolvlm")
     asked = drafts(family, "smolvlm", lambda image: image)
     settings: dict[str, Any] = {"max_new_tokens": 6, "temperature": 1.0, "top_p": 0.9, "seed": 3}
     together = continue_answers(family, family.network, asked, batch_size=16, **settings)
@@ -199,8 +199,8 @@ def test_a_continuation_depends_on_its_own_stream_alone(family_of: Loaded) -> No
     assert together != continue_answers(family, family.network, asked, batch_size=16, step=1, **settings)
 
 
-def test_writing_stops_where_it_is_told_to(family_of: Loaded) -> None:
-    family = family_of("llava")
+def test_writing_stops_where_it_is_told_to(tiny_vlm_family: Loaded) -> None:
+    family = tiny_vlm_family("llava")
     asked = drafts(family, "llava", torch.zeros_like)
     long = continue_answers(family, family.network, asked, max_new_tokens=6, temperature=0)
     short = continue_answers(family, family.network, asked, max_new_tokens=6, temperature=0, stop=lambda ids: len(ids) == 2)
@@ -208,8 +208,8 @@ def test_writing_stops_where_it_is_told_to(family_of: Loaded) -> None:
     assert family.network.training is False
 
 
-def test_flash_attention_is_refused(family_of: Loaded) -> None:
-    family = family_of("llava")
+def test_flash_attention_is_refused(tiny_vlm_family: Loaded) -> None:
+    family = tiny_vlm_family("llava")
     blocked = family.with_limits()
     blocked.config = family.config.model_copy(update={"attention": "flash"})
     with pytest.raises(ModelError, match="cannot be hidden: flash"):
@@ -217,19 +217,19 @@ def test_flash_attention_is_refused(family_of: Loaded) -> None:
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
-def test_eager_attention_hides_as_well(name: str, folder_of: Callable[[str], Any], family_of: Loaded) -> None:
-    eager = load(name, folder_of(name), attention="eager")
+def test_eager_attention_hides_as_well(name: str, tiny_vlm_folder: Callable[[str], Any], tiny_vlm_family: Loaded) -> None:
+    eager = load(name, tiny_vlm_folder(name), attention="eager")
     blind = drafts(eager, name, lambda image: image)
     settings: dict[str, Any] = {"max_new_tokens": 4, "temperature": 0}
     found = continue_answers(eager, eager.network, blind, **settings)
-    assert found == continue_answers(family_of(name), family_of(name).network, blind, **settings)
+    assert found == continue_answers(tiny_vlm_family(name), tiny_vlm_family(name).network, blind, **settings)
 
 
-def test_a_clip_has_image_tokens_in_every_family_that_reads_clips(family_of: Loaded) -> None:
+def test_a_clip_has_image_tokens_in_every_family_that_reads_clips(tiny_vlm_family: Loaded) -> None:
     """LLaVA-OneVision stores the number of its clips' placeholder under an older name."""
     for name, variant in VARIANTS.items():
         if variant.video:
-            family = family_of(name)
+            family = tiny_vlm_family(name)
             prefix = family.encode(record("c", media=[clip(1)]), training=False).rows[0].prefix
             assert image_positions(family, prefix).sum() >= 4, name
             assert {int(token) for token in prefix[image_positions(family, prefix)]} <= family.placeholder_ids

@@ -29,8 +29,8 @@ ENDS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_targets_are_the_answer_and_its_turn_end(name: str, family_of: Loaded) -> None:
-    family = family_of(name)
+def test_targets_are_the_answer_and_its_turn_end(name: str, tiny_vlm_family: Loaded) -> None:
+    family = tiny_vlm_family(name)
     example = family.encode(record(media=[picture(1)]))
     batch = family.collate([example])
     texts = [family.tokenizer.decode(ids) for ids in example.rows[0].branches]
@@ -49,9 +49,9 @@ def test_targets_are_the_answer_and_its_turn_end(name: str, family_of: Loaded) -
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_prompt_is_what_the_processor_makes_of_the_template(name: str, family_of: Loaded) -> None:
+def test_the_prompt_is_what_the_processor_makes_of_the_template(name: str, tiny_vlm_family: Loaded) -> None:
     """One start token, never two; placeholders as many as features."""
-    family = family_of(name)
+    family = tiny_vlm_family(name)
     example = family.encode(record(media=[picture(1)]))
     prefix = example.rows[0].prefix
     bos = family.tokenizer.bos_token_id
@@ -64,8 +64,8 @@ def test_the_prompt_is_what_the_processor_makes_of_the_template(name: str, famil
     assert family.image_token_positions(batch).sum() == count == (prefix == family.image_token_id).sum()
 
 
-def test_equal_media_are_held_and_encoded_once(family_of: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    family = family_of("llava")
+def test_equal_media_are_held_and_encoded_once(tiny_vlm_family: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = tiny_vlm_family("llava")
     items = [record(str(n), media=[picture(1 + n % 2), picture(1)]) for n in range(3)]
     batch = family.collate([family.encode(item) for item in items])
     assert batch.media.image["pixel_values"].shape[0] == 2 and batch.media.image_rows == ((0, 0), (1, 0), (0, 0))
@@ -85,8 +85,8 @@ def test_equal_media_are_held_and_encoded_once(family_of: Loaded, monkeypatch: p
         handle.remove()
 
 
-def test_lists_single_answers_and_pairs_share_a_batch(family_of: Loaded) -> None:
-    family = family_of("llava")
+def test_lists_single_answers_and_pairs_share_a_batch(tiny_vlm_family: Loaded) -> None:
+    family = tiny_vlm_family("llava")
     answers = (Answer(text="yes", label=1.0, scores={"judge": 2.0}), Answer(text="no", label=0.0), Answer(text="a star"))
     items = [
         replace(record("list"), answers=answers), record("one", answers=["yes"]),
@@ -112,8 +112,8 @@ def test_lists_single_answers_and_pairs_share_a_batch(family_of: Loaded) -> None
     assert torch.equal(found.mask.sum(-1), batch.lengths) and torch.equal(found.length, batch.lengths.float())
 
 
-def test_answers_with_media_of_their_own_share_no_prompt(family_of: Loaded) -> None:
-    family = family_of("qwen2_5_vl")
+def test_answers_with_media_of_their_own_share_no_prompt(tiny_vlm_family: Loaded) -> None:
+    family = tiny_vlm_family("qwen2_5_vl")
     base = record(media=[picture(1)])
     own = replace(base, answers=(base.answers[0], replace(base.answers[0], media=(picture(2, (64, 30)),))))
     example = family.encode(own)
@@ -128,9 +128,9 @@ def test_answers_with_media_of_their_own_share_no_prompt(family_of: Loaded) -> N
     assert abs(float(found.sum[0] - found.sum[1])) > 1e-4
 
 
-def test_token_weights_follow_character_spans(family_of: Loaded) -> None:
+def test_token_weights_follow_character_spans(tiny_vlm_family: Loaded) -> None:
     """'red' weighs 3 and 'circle' 0; the sum is that of the weighted tokens."""
-    family = family_of("qwen2_5_vl")
+    family = tiny_vlm_family("qwen2_5_vl")
     text = "a red circle"
     item = replace(record(), answers=(Answer(text=text, spans=((2, 5, 3.0), (6, 12, 0.0))), Answer(text="no")))
     example = family.encode(item)
@@ -148,8 +148,8 @@ def test_token_weights_follow_character_spans(family_of: Loaded) -> None:
     assert float(found.sum[0]) == pytest.approx(float((found.tokens[0, : len(ids)] * weights).sum()), rel=1e-5)
 
 
-def test_limits_cut_answers_and_never_media(family_of: Loaded) -> None:
-    family = family_of("llava")
+def test_limits_cut_answers_and_never_media(tiny_vlm_family: Loaded) -> None:
+    family = tiny_vlm_family("llava")
     item = record(media=[picture(1)], answers=["there is nothing here"] * 2)
     whole = family.encode(item).rows[0]
     room = len(whole.prefix) + 3
@@ -176,16 +176,16 @@ def test_limits_cut_answers_and_never_media(family_of: Loaded) -> None:
         ({"messages": (Message(role="user", parts=(Part(media=0), Part(text="<image> what?"))),)}, "placeholder_mismatch"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_used_is_refused_by_name(change: dict[str, object], reason: str, family_of: Loaded) -> None:
+def test_what_cannot_be_used_is_refused_by_name(change: dict[str, object], reason: str, tiny_vlm_family: Loaded) -> None:
     broken: BranchRecord = replace(record("bad", media=[picture(1)]), **change)  # type: ignore[arg-type]
     with pytest.raises(VlmDataError, match="bad") as caught:
-        family_of("llava").encode(broken)
+        tiny_vlm_family("llava").encode(broken)
     assert caught.value.reason == reason
 
 
-def test_a_processor_that_would_lose_pictures_is_not_asked(family_of: Loaded) -> None:
+def test_a_processor_that_would_lose_pictures_is_not_asked(tiny_vlm_family: Loaded) -> None:
     """SmolVLM's processor hands frames over in the place of the pictures; both alone are fine."""
-    family = family_of("smolvlm")
+    family = tiny_vlm_family("smolvlm")
     for media in ([picture(1)], [clip(1), clip(2, 3)]):
         assert family.encode(record(media=media)).rows
     with pytest.raises(VlmDataError, match="it would lose the pictures") as refused:
@@ -193,8 +193,8 @@ def test_a_processor_that_would_lose_pictures_is_not_asked(family_of: Loaded) ->
     assert refused.value.reason == "placeholder_mismatch"
 
 
-def test_threads_encode_alike(family_of: Loaded) -> None:
-    family = family_of("smolvlm")
+def test_threads_encode_alike(tiny_vlm_family: Loaded) -> None:
+    family = tiny_vlm_family("smolvlm")
     items = [record(str(number), media=[picture(number)], prompt=f"What? {number}") for number in range(6)]
     alone = [family.encode(item) for item in items]
     with ThreadPoolExecutor(3) as pool:
@@ -204,9 +204,9 @@ def test_threads_encode_alike(family_of: Loaded) -> None:
         assert [unit.digest for unit in one.rows[0].units] == [unit.digest for unit in other.rows[0].units]
 
 
-def test_a_thinking_template_falls_back_to_its_turn_end(family_of: Loaded) -> None:
+def test_a_thinking_template_falls_back_to_its_turn_end(tiny_vlm_family: Loaded) -> None:
     """The generation prompt opens a block that rendered answers do not have: it is no prefix of them."""
-    family = family_of("internvl")
+    family = tiny_vlm_family("internvl")
     processor = family.local_processor()
     before = processor.chat_template
     processor.chat_template = before.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
@@ -219,8 +219,8 @@ def test_a_thinking_template_falls_back_to_its_turn_end(family_of: Loaded) -> No
     assert texts == ["a red circle<|im_end|>\n", "yes<|im_end|>\n"]
 
 
-def test_keys_of_a_reference_cache_change_with_one_pixel(family_of: Loaded) -> None:
-    family = family_of("llava")
+def test_keys_of_a_reference_cache_change_with_one_pixel(tiny_vlm_family: Loaded) -> None:
+    family = tiny_vlm_family("llava")
     item = record(media=[picture(1)])
     keys = family.reference_keys([family.encode(item)])
     assert len(set(keys)) == 2 and keys == family.reference_keys([family.encode(item)])
@@ -228,21 +228,23 @@ def test_keys_of_a_reference_cache_change_with_one_pixel(family_of: Loaded) -> N
     assert not set(keys) & set(other)
 
 
-def test_template_only_adds_nothing(family_of: Loaded, folder_of: Callable[[str], Path]) -> None:
+def test_template_only_adds_nothing(tiny_vlm_family: Loaded, tiny_vlm_folder: Callable[[str], Path]) -> None:
     """Vicuna's template writes neither a start token nor a turn end, and a space behind the answer."""
-    family = load("llava", folder_of("llava"), template_only=True)
-    row, usual = (made.encode(record(media=[picture(1)])).rows[0] for made in (family, family_of("llava")))
+    family = load("llava", tiny_vlm_folder("llava"), template_only=True)
+    row, usual = (made.encode(record(media=[picture(1)])).rows[0] for made in (family, tiny_vlm_family("llava")))
     assert torch.equal(row.prefix, usual.prefix[1:]) and usual.prefix[0] == family.tokenizer.bos_token_id
     assert family.tokenizer.decode(row.branches[0]) == " a red circle "
     assert family.tokenizer.decode(usual.branches[0]) == " a red circle</s>"
 
 
-def test_tensors_that_nobody_knows_are_not_left_out(family_of: Loaded) -> None:
+def test_tensors_that_nobody_knows_are_not_left_out(tiny_vlm_family: Loaded) -> None:
     with pytest.raises(ModelError, match="what its model does with depth_maps"):
-        family_of("llava").cut({"input_ids": torch.zeros(1, 2), "depth_maps": torch.zeros(1)})
+        tiny_vlm_family("llava").cut({"input_ids": torch.zeros(1, 2), "depth_maps": torch.zeros(1)})
 
 
-def test_video_files_are_sampled_at_a_rate(family_of: Loaded, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_video_files_are_sampled_at_a_rate(
+    tiny_vlm_family: Loaded, tiny_vlm_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
     """40 frames at 10 a second: 2 a second give 8, of seconds 1 to 3 four, thinned to 4 by max_frames."""
     av = pytest.importorskip("av", reason="needs the extra video")
     path = tmp_path / "clip.mp4"
@@ -253,11 +255,11 @@ def test_video_files_are_sampled_at_a_rate(family_of: Loaded, folder_of: Callabl
             frame = av.VideoFrame.from_ndarray(np.full((40, 56, 3), 6 * number, np.uint8), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    family = family_of("llava_onevision")
+    family = tiny_vlm_family("llava_onevision")
     counts = []
     for reference, made in (
         (VideoRef(path=str(path)), family), (VideoRef(path=str(path), start=1.0, end=3.0), family),
-        (VideoRef(path=str(path), fps=5.0), load("llava_onevision", folder_of("llava_onevision"), max_frames=4)),
+        (VideoRef(path=str(path), fps=5.0), load("llava_onevision", tiny_vlm_folder("llava_onevision"), max_frames=4)),
     ):  # fmt: skip
         unit = made.encode(record(media=[reference])).rows[0].units[0]
         counts.append(len(unit.tensors["pixel_values_videos"]))

@@ -65,9 +65,9 @@ def last_logits(family: VlmFamily, batch: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3"])
-def test_cached_generation_equals_reading_everything_anew(name: str, family_of: Loaded) -> None:
+def test_cached_generation_equals_reading_everything_anew(name: str, tiny_vlm_family: Loaded) -> None:
     """Prompts of different lengths in one left-padded group; three-axis positions go on where the prompt ends."""
-    family = family_of(name)
+    family = tiny_vlm_family(name)
     items = [record("a", media=[picture(1)]), record("b", media=[picture(2, (64, 30)), picture(1)], prompt="Describe. What?")]
     if name.startswith("qwen"):
         items.append(record("c", media=[clip(1)]))
@@ -78,8 +78,8 @@ def test_cached_generation_equals_reading_everything_anew(name: str, family_of: 
         assert found == [family.tokenizer.decode(stepwise(family, item, 5), skip_special_tokens=True).strip()]
 
 
-def test_a_sample_depends_on_its_own_stream_alone(family_of: Loaded) -> None:
-    family = family_of("smolvlm")
+def test_a_sample_depends_on_its_own_stream_alone(tiny_vlm_family: Loaded) -> None:
+    family = tiny_vlm_family("smolvlm")
     examples = [family.encode(record(str(n), media=[picture(n)] * (1 + n % 2)), training=False) for n in range(3)]
     settings = {"max_new_tokens": 6, "temperature": 1.0, "top_p": 0.9, "seed": 3}
     together = family.generate(family.network, examples, samples=3, batch_size=9, **settings)
@@ -101,9 +101,9 @@ def test_tokens_are_drawn_with_their_probabilities() -> None:
 
 
 @pytest.fixture
-def adapted(folder_of: Folders) -> VlmFamily:
+def adapted(tiny_vlm_folder: Folders) -> VlmFamily:
     """Qwen2.5-VL with a moved adapter on its language model."""
-    family = load("qwen2_5_vl", folder_of("qwen2_5_vl"))
+    family = load("qwen2_5_vl", tiny_vlm_folder("qwen2_5_vl"))
     attach_lora(family.network, rank=2, alpha=4.0, targets=family.lora_targets["language"])
     with torch.no_grad():
         for name, value in family.network.named_parameters():
@@ -117,8 +117,8 @@ def items() -> list[Any]:
 
 
 @pytest.mark.parametrize("prefix", ["shared", "plain"])
-def test_adapters_off_is_the_base_and_shares_its_features(prefix: Any, adapted: VlmFamily, family_of: Loaded) -> None:
-    base = family_of("qwen2_5_vl")
+def test_adapters_off_is_the_base_and_shares_its_features(prefix: Any, adapted: VlmFamily, tiny_vlm_family: Loaded) -> None:
+    base = tiny_vlm_family("qwen2_5_vl")
     batch = adapted.collate([adapted.encode(item) for item in items()])
     assert adapted.shares_vision(adapted.network)
     vision = adapted.vision_features(adapted.network, batch)
@@ -145,8 +145,8 @@ def test_adapters_get_equal_gradients_from_both_layouts(adapted: VlmFamily) -> N
     assert (slopes[0] - slopes[1]).norm() <= 1e-5 * slopes[1].norm()
 
 
-def test_features_are_not_shared_where_the_tower_learns(folder_of: Folders) -> None:
-    family = load("llava", folder_of("llava"))
+def test_features_are_not_shared_where_the_tower_learns(tiny_vlm_folder: Folders) -> None:
+    family = load("llava", tiny_vlm_folder("llava"))
     family.network.requires_grad_(True)
     assert not family.shares_vision(family.network)
     assert family.shares_vision(family.freeze_vision(family.network))
@@ -155,9 +155,9 @@ def test_features_are_not_shared_where_the_tower_learns(folder_of: Folders) -> N
     assert not family.shares_vision(family.network)
 
 
-def test_named_layers_leave_the_tower_alone(family_of: Loaded) -> None:
+def test_named_layers_leave_the_tower_alone(tiny_vlm_family: Loaded) -> None:
     for name in ("llava", "qwen2_5_vl", "smolvlm", "internvl", "gemma3"):
-        family = family_of(name)
+        family = tiny_vlm_family(name)
         sets = family.lora_targets
         assert set(sets["attention"]) < set(sets["language"]) < set(sets["all"])
         towers = {id(m) for part in family.parts()["vision"] for m in part.modules()}  # type: ignore[union-attr]
@@ -166,15 +166,15 @@ def test_named_layers_leave_the_tower_alone(family_of: Loaded) -> None:
         assert any(id(own[layer]) in towers for layer in sets["all"])
 
 
-def test_peft_reads_the_adapter_and_answers_identically(adapted: VlmFamily, folder_of: Folders, tmp_path: Path) -> None:
+def test_peft_reads_the_adapter_and_answers_identically(adapted: VlmFamily, tiny_vlm_folder: Folders, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     targets = list(adapted.lora_targets["language"])
     adapted.save_lora(lora_state(adapted.network), tmp_path, {"r": 2, "lora_alpha": 4.0, "target_modules": targets})
-    plain = AutoModelForImageTextToText.from_pretrained(folder_of("qwen2_5_vl"))
+    plain = AutoModelForImageTextToText.from_pretrained(tiny_vlm_folder("qwen2_5_vl"))
     model = PeftModel.from_pretrained(plain, str(tmp_path)).eval()
-    processor = AutoProcessor.from_pretrained(folder_of("qwen2_5_vl"))
+    processor = AutoProcessor.from_pretrained(tiny_vlm_folder("qwen2_5_vl"))
     row = adapted.encode(record(media=[picture(1)]), training=False).rows[0]
     unit = dict(row.units[0].tensors)
     inputs = {
@@ -199,19 +199,19 @@ def test_a_saved_folder_holds_the_merged_model_and_its_processor(adapted: VlmFam
     assert again.fingerprint("network") != load("qwen2_5_vl", Path(adapted.config.path)).fingerprint("network")
 
 
-def test_the_default_name_picks_the_family_of_the_folder(folder_of: Folders) -> None:
-    family = load("smolvlm", folder_of("smolvlm"), name="vlm")
+def test_the_default_name_picks_the_family_of_the_folder(tiny_vlm_folder: Folders) -> None:
+    family = load("smolvlm", tiny_vlm_folder("smolvlm"), name="vlm")
     assert isinstance(family, SmolVLM)
 
 
-def test_a_template_beside_the_tokenizer_is_found(folder_of: Folders, family_of: Loaded, tmp_path: Path) -> None:
+def test_a_template_beside_the_tokenizer_is_found(tiny_vlm_folder: Folders, tiny_vlm_family: Loaded, tmp_path: Path) -> None:
     folder = tmp_path / "moved"
-    shutil.copytree(folder_of("llava"), folder)
+    shutil.copytree(tiny_vlm_folder("llava"), folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings["chat_template"] = (folder / "chat_template.jinja").read_text()
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "chat_template.jinja").unlink()
-    found, wanted = (made.encode(record(media=[picture(1)])) for made in (load("llava", folder), family_of("llava")))
+    found, wanted = (made.encode(record(media=[picture(1)])) for made in (load("llava", folder), tiny_vlm_family("llava")))
     assert torch.equal(found.rows[0].prefix, wanted.rows[0].prefix)
 
 
@@ -223,23 +223,25 @@ def test_a_template_beside_the_tokenizer_is_found(folder_of: Folders, family_of:
         (lambda folder: (folder / "config.json").write_text("{}"), "cannot load config.json"),
     ],
 )
-def test_broken_folders_are_named(spoil: Callable[[Path], object], message: str, folder_of: Folders, tmp_path: Path) -> None:
+def test_broken_folders_are_named(
+    spoil: Callable[[Path], object], message: str, tiny_vlm_folder: Folders, tmp_path: Path
+) -> None:
     folder = tmp_path / "broken"
-    shutil.copytree(folder_of("llava"), folder)
+    shutil.copytree(tiny_vlm_folder("llava"), folder)
     spoil(folder)
     with pytest.raises(ModelError, match=message):
         load("llava", folder)
 
 
-def test_a_folder_of_another_family_is_named(folder_of: Folders) -> None:
+def test_a_folder_of_another_family_is_named(tiny_vlm_folder: Folders) -> None:
     with pytest.raises(ModelError, match="use model.name: smolvlm"):
-        load("llava", folder_of("smolvlm"))
+        load("llava", tiny_vlm_folder("smolvlm"))
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"])
-def test_a_fresh_adapter_has_a_margin_of_zero(name: str, folder_of: Folders) -> None:
+def test_a_fresh_adapter_has_a_margin_of_zero(name: str, tiny_vlm_folder: Folders) -> None:
     """Policy in training mode against adapters off in evaluation mode: DPO starts at log 2."""
-    family = load(name, folder_of(name))
+    family = load(name, tiny_vlm_folder(name))
     attach_lora(family.network, rank=2, alpha=4.0, targets=family.lora_targets["language"])
     policy = family.network.train()
     batch = family.collate([family.encode(record(str(n), media=[picture(n)])) for n in range(2)])

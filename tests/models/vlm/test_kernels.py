@@ -89,16 +89,16 @@ def test_another_kernel_cannot_take_a_plan_for_a_mask() -> None:
         F.scaled_dot_product_attention(*states, attn_mask=carrying(Plan([[Document(0, 4, (1, 1))]]), CPU))
 
 
-def test_loaded_models_run_them_and_files_do_not_name_them(family_of: Loaded, tmp_path: Path) -> None:
-    family = family_of("qwen2_5_vl")
+def test_loaded_models_run_them_and_files_do_not_name_them(tiny_vlm_family: Loaded, tmp_path: Path) -> None:
+    family = tiny_vlm_family("qwen2_5_vl")
     assert family.splits and family.text_config._attn_implementation == kernels.BRANCHES
     assert family.model_config.vision_config._attn_implementation == kernels.SEGMENTS
     family.save_full(family.network, tmp_path)
     assert "mmalign" not in (tmp_path / "config.json").read_text()
 
 
-def test_rotary_tables_are_not_rounded_with_the_weights(folder_of: Folders) -> None:
-    family = load("qwen2_5_vl", folder_of("qwen2_5_vl"), dtype="bf16")
+def test_rotary_tables_are_not_rounded_with_the_weights(tiny_vlm_folder: Folders) -> None:
+    family = load("qwen2_5_vl", tiny_vlm_folder("qwen2_5_vl"), dtype="bf16")
     before = {name: value.clone() for name, value in family.network.named_buffers()}
     assert any("inv_freq" in name for name in before)
     cast_weights(family.network, torch.bfloat16)
@@ -106,7 +106,7 @@ def test_rotary_tables_are_not_rounded_with_the_weights(folder_of: Folders) -> N
     assert all(torch.equal(value, before[name]) for name, value in family.network.named_buffers())
 
 
-def test_a_forward_that_takes_no_features_is_refused(family_of: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forward_that_takes_no_features_is_refused(tiny_vlm_family: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     """An older transformers would leave the argument out, and every picture with it, without a word."""
 
     class Old(nn.Module):

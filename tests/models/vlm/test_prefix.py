@@ -54,8 +54,8 @@ KINDS = [
 
 
 @pytest.mark.parametrize(("name", "kind"), KINDS)
-def test_shared_and_plain_agree_in_values_and_gradients(name: str, kind: str, family_of: Loaded) -> None:
-    family = family_of(name)
+def test_shared_and_plain_agree_in_values_and_gradients(name: str, kind: str, tiny_vlm_family: Loaded) -> None:
+    family = tiny_vlm_family(name)
     batch = batch_of(family, kind)
     shared, shared_slope = gradients(family, batch, prefix="shared")
     plain, plain_slope = gradients(family, batch, prefix="plain")
@@ -106,8 +106,8 @@ def raw(family: VlmFamily, kind: str, units: list[dict[str, Tensor]]) -> dict[st
 
 
 @pytest.mark.parametrize(("name", "kind"), [pair for pair in KINDS if pair[1] != "text"])
-def test_both_equal_a_naive_pass_of_the_library(name: str, kind: str, family_of: Loaded) -> None:
-    family = family_of(name)
+def test_both_equal_a_naive_pass_of_the_library(name: str, kind: str, tiny_vlm_family: Loaded) -> None:
+    family = tiny_vlm_family(name)
     wanted = [value for item in records(kind) for value in naive(family, item)]
     with torch.no_grad():
         found = family.log_probs(family.network, batch_of(family, kind), prefix="shared")
@@ -115,35 +115,35 @@ def test_both_equal_a_naive_pass_of_the_library(name: str, kind: str, family_of:
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "llava_next"])
-def test_packed_rows_give_the_same(name: str, family_of: Loaded, folder_of: Callable[[str], Path]) -> None:
-    wanted = family_of(name)
+def test_packed_rows_give_the_same(name: str, tiny_vlm_family: Loaded, tiny_vlm_folder: Callable[[str], Path]) -> None:
+    wanted = tiny_vlm_family(name)
     batch = batch_of(wanted, "image")
-    packed = load(name, folder_of(name), row_tokens=2 * batch.input_ids.shape[1])
+    packed = load(name, tiny_vlm_folder(name), row_tokens=2 * batch.input_ids.shape[1])
     packed.network.requires_grad_(False)
     with torch.no_grad():
         one, other = (family.log_probs(family.network, batch).sum for family in (wanted, packed))
     assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_flex_attention_gives_the_same(family_of: Loaded, folder_of: Callable[[str], Path]) -> None:
-    wanted, flex = family_of("llava"), load("llava", folder_of("llava"), attention="flex")
+def test_flex_attention_gives_the_same(tiny_vlm_family: Loaded, tiny_vlm_folder: Callable[[str], Path]) -> None:
+    wanted, flex = tiny_vlm_family("llava"), load("llava", tiny_vlm_folder("llava"), attention="flex")
     batch = batch_of(wanted, "image")
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         one, other = (family.log_probs(family.network, batch).sum for family in (wanted, flex))
     assert torch.allclose(one, other, rtol=1e-5, atol=1e-4)
 
 
-def test_eager_attention_gives_the_same(family_of: Loaded, folder_of: Callable[[str], Path]) -> None:
-    wanted, eager = family_of("smolvlm"), load("smolvlm", folder_of("smolvlm"), attention="eager")
+def test_eager_attention_gives_the_same(tiny_vlm_family: Loaded, tiny_vlm_folder: Callable[[str], Path]) -> None:
+    wanted, eager = tiny_vlm_family("smolvlm"), load("smolvlm", tiny_vlm_folder("smolvlm"), attention="eager")
     batch = batch_of(wanted, "image")
     with torch.no_grad():
         one, other = (family.log_probs(family.network, batch).sum for family in (wanted, eager))
     assert torch.allclose(one, other, rtol=1e-5, atol=1e-4)
 
 
-def test_gradient_checkpointing_changes_nothing(family_of: Loaded, folder_of: Callable[[str], Path]) -> None:
-    wanted = family_of("qwen2_5_vl")
-    other = load("qwen2_5_vl", folder_of("qwen2_5_vl"), gradient_checkpointing=True)
+def test_gradient_checkpointing_changes_nothing(tiny_vlm_family: Loaded, tiny_vlm_folder: Callable[[str], Path]) -> None:
+    wanted = tiny_vlm_family("qwen2_5_vl")
+    other = load("qwen2_5_vl", tiny_vlm_folder("qwen2_5_vl"), gradient_checkpointing=True)
     other.network.train()
     batch = batch_of(wanted, "image")
     for prefix in ("shared", "plain"):
@@ -154,9 +154,9 @@ def test_gradient_checkpointing_changes_nothing(family_of: Loaded, folder_of: Ca
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
-def test_half_precision_keeps_float32_sums(name: str, family_of: Loaded, folder_of: Callable[[str], Path]) -> None:
+def test_half_precision_keeps_float32_sums(name: str, tiny_vlm_family: Loaded, tiny_vlm_folder: Callable[[str], Path]) -> None:
     """bfloat16 forward passes, weights in float32 or in bfloat16: sums within 2 % and of float32, in both layouts."""
-    wanted, half = family_of(name), load(name, folder_of(name), dtype="bf16")
+    wanted, half = tiny_vlm_family(name), load(name, tiny_vlm_folder(name), dtype="bf16")
     batch = batch_of(wanted, "image")
     with torch.no_grad():
         exact = wanted.log_probs(wanted.network, batch).sum
@@ -168,8 +168,8 @@ def test_half_precision_keeps_float32_sums(name: str, family_of: Loaded, folder_
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
-def test_a_record_alone_equals_the_record_in_a_batch(name: str, family_of: Loaded) -> None:
-    family = family_of(name)
+def test_a_record_alone_equals_the_record_in_a_batch(name: str, tiny_vlm_family: Loaded) -> None:
+    family = tiny_vlm_family(name)
     items = records("image")
     with torch.no_grad():
         together = family.log_probs(family.network, family.collate([family.encode(item) for item in items])).sum
@@ -177,13 +177,13 @@ def test_a_record_alone_equals_the_record_in_a_batch(name: str, family_of: Loade
     assert torch.allclose(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
-def test_wrong_positions_or_no_mask_would_be_seen(family_of: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_positions_or_no_mask_would_be_seen(tiny_vlm_family: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tolerance of the tests above is far below what the two usual mistakes do."""
     from dataclasses import replace
 
     from mmalign.models.vlm import forward
 
-    family = family_of("llava")
+    family = tiny_vlm_family("llava")
     batch = batch_of(family, "image")
     with torch.no_grad():
         right = family.log_probs(family.network, batch).sum
@@ -193,9 +193,9 @@ def test_wrong_positions_or_no_mask_would_be_seen(family_of: Loaded, monkeypatch
         assert (family.log_probs(family.network, batch).sum - right).abs().max() > 1e-3
 
 
-def test_hidden_pictures_are_seen_by_nobody(family_of: Loaded) -> None:
+def test_hidden_pictures_are_seen_by_nobody(tiny_vlm_family: Loaded) -> None:
     """All picture tokens hidden: features do not matter, and both layouts agree."""
-    family = family_of("qwen2_5_vl")
+    family = tiny_vlm_family("qwen2_5_vl")
     batch = batch_of(family, "image")
     hide = family.image_token_positions(batch)
     counts = [len(features) for features in family.vision_features(family.network, batch).image]
@@ -210,8 +210,8 @@ def test_hidden_pictures_are_seen_by_nobody(family_of: Loaded) -> None:
         assert (shared - family.log_probs(family.network, batch, vision=features).sum).abs().max() > 1e-3
 
 
-def test_a_length_that_switches_the_position_encoding_is_refused(family_of: Loaded) -> None:
-    family = family_of("llava")
+def test_a_length_that_switches_the_position_encoding_is_refused(tiny_vlm_family: Loaded) -> None:
+    family = tiny_vlm_family("llava")
     batch = batch_of(family, "image")
     config = family.text_config
     before = config.rope_parameters
@@ -223,8 +223,8 @@ def test_a_length_that_switches_the_position_encoding_is_refused(family_of: Load
         config.rope_parameters = before
 
 
-def test_layers_that_carry_a_state_are_refused(family_of: Loaded) -> None:
-    family = family_of("gemma3")
+def test_layers_that_carry_a_state_are_refused(tiny_vlm_family: Loaded) -> None:
+    family = tiny_vlm_family("gemma3")
     config = family.text_config
     before = config.layer_types
     config.layer_types = ["linear_attention", *before[1:]]

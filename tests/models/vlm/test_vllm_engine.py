@@ -79,8 +79,8 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 SETTINGS: dict[str, Any] = {"max_new_tokens": 5, "temperature": 0.7, "top_p": 0.9, "seed": 3, "step": 2, "samples": 2}
 
 
-def test_questions_draws_and_the_adapter_of_the_step_are_sent(installed: None, folder_of: Folders) -> None:
-    family = load("qwen2_5_vl", folder_of("qwen2_5_vl"))
+def test_questions_draws_and_the_adapter_of_the_step_are_sent(installed: None, tiny_vlm_folder: Folders) -> None:
+    family = load("qwen2_5_vl", tiny_vlm_folder("qwen2_5_vl"))
     policy = attach_lora(family.network, rank=4, alpha=8, targets=family.lora_targets["language"], seed=0)
     made = VllmGenerator(family, VllmOptions(max_model_len=512))
     records = [record("a", media=[picture(1)]), record("b", media=[clip(1), picture(2)], prompt="And now?")]
@@ -109,14 +109,14 @@ def test_questions_draws_and_the_adapter_of_the_step_are_sent(installed: None, f
     assert (engine.model, engine.dtype, engine.enable_lora, engine.max_lora_rank) == (family.config.path, "float32", True, 8)
 
 
-def test_full_fine_tuning_is_refused(installed: None, folder_of: Folders) -> None:
-    family = load("llava", folder_of("llava"))
+def test_full_fine_tuning_is_refused(installed: None, tiny_vlm_folder: Folders) -> None:
+    family = load("llava", tiny_vlm_folder("llava"))
     with pytest.raises(ConfigError, match="use tuning.name: lora"):
         VllmGenerator(family, VllmOptions()).generate(family.network, [record("a", media=[picture(1)])], **SETTINGS)
 
 
-def test_without_the_library_the_extra_is_named(folder_of: Folders) -> None:
+def test_without_the_library_the_extra_is_named(tiny_vlm_folder: Folders) -> None:
     if importlib.util.find_spec("vllm") is not None:
         pytest.skip("vLLM is installed here")
     with pytest.raises(MissingExtraError, match=r"method.generator: vllm needs .*mmalign\[vllm\]"):
-        VllmGenerator(load("llava", folder_of("llava")), VllmOptions())
+        VllmGenerator(load("llava", tiny_vlm_folder("llava")), VllmOptions())
