@@ -80,7 +80,8 @@ def select(
     """Choose films that teach order: cut them into shots, leave out blurred, static and repetitive ones.
 
     Writes films.jsonl (a table of questions whose meta names the clips of each film, for `mmalign generate` with sampler
-    temple), refused.jsonl with a reason each, and selection.html with pictures of both. Needs the extra scenedetect.
+    temple), refused.jsonl with a reason each, and selection.html with pictures of both. Needs the extra scenedetect, or
+    weights of TransNetV2.
     """
     from mmalign.selection.run import select as run_selection
     from mmalign.selection.settings import load_selection

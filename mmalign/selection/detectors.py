@@ -89,8 +89,8 @@ class TransNet(ShotDetector):
     def __init__(self, settings: ShotsConfig, device: str) -> None:
         import torch
 
-        from mmalign.models.transnet import TransitionFinder, load_transnet
         from mmalign.rewards.files import fingerprint
+        from mmalign.selection.transnet import TransitionFinder, load_transnet
 
         assert settings.weights is not None  # `ShotsConfig` looked
         network = load_transnet(settings.weights)

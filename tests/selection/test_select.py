@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 from mmalign.cli.application import app
 from mmalign.data import open_vlm
 from mmalign.errors import ConfigError, DataError, ModelError
-from mmalign.models.transnet import TransNetV2
 from mmalign.selection import run as selection_run
 from mmalign.selection.detectors import behind
 from mmalign.selection.run import select
 from mmalign.selection.settings import SelectionConfig, ShotsConfig, load_selection
+from mmalign.selection.transnet import TransNetV2
 from mmalign.world.clips import encode_mp4
 from mmalign.world.shapes import Style, parse, render
 

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from mmalign.errors import ModelError
-from mmalign.models.transnet import (
+from mmalign.rewards.convert import convert_checkpoint
+from mmalign.selection.detectors import behind
+from mmalign.selection.transnet import (
     HEIGHT,
     WIDTH,
     TransitionFinder,
@@ -21,8 +23,6 @@ from mmalign.models.transnet import (
     load_transnet,
     small_frame,
 )
-from mmalign.rewards.convert import convert_checkpoint
-from mmalign.selection.detectors import behind
 from mmalign.world.shapes import Style, parse, render
 
 SCENES = ("a large red circle on a black background", "a large blue square on a white background",

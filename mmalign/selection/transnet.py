@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmalign.errors import ModelError
+from mmalign.rewards.files import load_strictly, read_state
+
 WIDTH, HEIGHT = 48, 27
 """Pixels of a frame; its shape is given up for them, as in training."""
 LOOK = 101
@@ -200,9 +203,6 @@ def load_transnet(path: str | Path) -> TransNetV2:
     Raises:
         ModelError: no such file, not safetensors, damaged, or other weights.
     """
-    from mmalign.errors import ModelError
-    from mmalign.rewards.files import load_strictly, read_state
-
     source = Path(path)
     if source.suffix != ".safetensors" and source.is_file():
         raise ModelError(
