@@ -51,6 +51,7 @@ class Cache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._shards: list[Shard] = []
+        self._looked = 0
         self._marks = _read_marks(folder / VERIFIED)
         self._keys = np.zeros(0, dtype=f"V{DIGEST_BYTES}")
         self._place = np.zeros((0, 2), dtype=np.int32)
@@ -98,8 +99,16 @@ class Cache:
         """Name -> dtype and shape of one entry, -1 for axes that differ; empty while the cache is."""
         return self._shards[0].kinds if self._shards else {}
 
-    def refresh(self) -> None:
-        """See what other processes have added since. Shards that fail verification are left out with a warning."""
+    def refresh(self, *, changed: bool = False) -> None:
+        """See what other processes have added since. Shards that fail verification are left out with a warning.
+
+        Args:
+            changed: look only where files came or went since the last look.
+        """
+        mark = self.folder.stat().st_mtime_ns
+        if changed and mark == self._looked:
+            return
+        self._looked = mark
         before = dict(self._marks)
         paths = sorted(self.folder.glob("shard-*.safetensors"))
         shards: list[Shard] = []

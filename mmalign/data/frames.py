@@ -11,10 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -26,13 +28,24 @@ from mmalign.data.progress import progress_bar
 from mmalign.media import DEFAULT, Frames, Limits, MediaError, Sampler, decode_video, video_fields
 from mmalign.types import ImageRef
 
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
 KIND: Final = "frames"
 VERSION: Final = 1
 FLUSH_BYTES: Final = 64 << 20
+FLUSH_CLIPS: Final = 128
+"""Most clips that wait for a shard: each of them holds an open lock file."""
+FLUSH_SECONDS: Final = 20.0
+WAIT_SECONDS: Final = 60.0
+"""How long a clip is waited for that another process is decoding, before it is decoded here as well."""
 
 
 class FrameCache:
     """Frames of clips by (content, sampler, size). Safe to use from threads, and by several processes at once.
+
+    A clip that one thread or process is decoding is waited for by the others (a lock per entry, held until it is stored), so it
+    is decoded once whoever asks. Where locks do not work or a process keeps one for a minute, it is decoded twice and stored once.
 
     Args:
         root: folder of all caches.
@@ -40,16 +53,18 @@ class FrameCache:
         trust_mtime: take a file that has the size and the time of one that was hashed before for the same file, instead of
             reading it again.
         flush_bytes: decoded frames that are held in memory before a shard is written.
+        decoder: ``pyav`` or ``torchcodec``; entries of one are not read with the other.
 
     Raises:
-        DataError: the folder cannot be written.
+        DataError: the folder cannot be written, or the decoder cannot be used.
     """
 
     def __init__(
         self, root: str | Path, *, max_side: int | None = None, trust_mtime: bool = False, flush_bytes: int = FLUSH_BYTES,
-        limits: Limits = DEFAULT,
+        limits: Limits = DEFAULT, decoder: str = "pyav",
     ) -> None:  # fmt: skip
         self.root, self.max_side, self.trust_mtime, self.limits = Path(root), max_side, trust_mtime, limits
+        self.decoder = decoder
         self.decoded = 0
         """Clips that were decoded, not read, since this object was made."""
         self._flush_bytes = flush_bytes
@@ -57,13 +72,16 @@ class FrameCache:
         self._caches: dict[tuple[str, int], Cache] = {}
         self._pending: dict[tuple[str, int], dict[str, Frames]] = {}
         self._pending_bytes = 0
+        self._pending_since = 0.0
+        self._busy: dict[str, threading.Event] = {}
+        self._claims: list[BaseFileLock] = []
         self._noted = _read_notes(self.root / KIND / "hashes.json") if trust_mtime else {}
         self._new_notes = False
 
     @property
     def fields(self) -> dict[str, Any]:
         """What stored frames depend on besides clip and sampler."""
-        return {**video_fields(), "version": VERSION, "max_side": self.max_side}
+        return {**video_fields(self.decoder), "version": VERSION, "max_side": self.max_side}
 
     def cache(self, sampler: Sampler) -> Cache:
         """The cache of one sampler; its fingerprint covers rule, count, size, colour policy and decoder."""
@@ -91,23 +109,81 @@ class FrameCache:
         sampler = sampler or Sampler()
         cache, place = self.cache(sampler), _place(sampler)
         key = f"{self.digest(ref)}\n{sampler.name if sampler.times else ''}"
-        with self._lock:
-            waiting = self._pending.get(place, {}).get(key)
-            stored = None if waiting is not None else cache.entry(key)
+        name = hashlib.sha256(f"{cache.folder.name}\n{key}".encode()).hexdigest()[:32]
+        while True:
+            with self._lock:
+                found = self._held(place, cache, key)
+                if found is not None:
+                    return found
+                busy = self._busy.get(name)
+                if busy is None:
+                    self._busy[name] = threading.Event()
+                    break
+            busy.wait()
+        try:
+            return self._decoded(ref, sampler, cache, key, name)
+        finally:
+            with self._lock:
+                self._busy.pop(name).set()
+
+    def _held(self, place: tuple[str, int], cache: Cache, key: str) -> Frames | None:
+        waiting = self._pending.get(place, {}).get(key)
         if waiting is not None:
             return waiting
-        if stored is not None:
-            return _frames(stored)
-        found = decode_video(ref, sampler, max_side=self.max_side, limits=self.limits)
-        with self._lock:
-            self.decoded += 1
-            if key not in self._pending.setdefault(place, {}):
-                self._pending[place][key] = found
+        stored = cache.entry(key)
+        return None if stored is None else _frames(stored)
+
+    def _decoded(
+        self, ref: ImageRef | str | Path | bytes, sampler: Sampler, cache: Cache, key: str, name: str
+    ) -> Frames:  # fmt: skip
+        """Decode a clip that nobody in this process has, unless another process stores it in the meantime."""
+        place = _place(sampler)
+        claim = self._claim(cache.folder / "locks", name)
+        try:
+            with self._lock:
+                cache.refresh(changed=True)
+                found = self._held(place, cache, key)
+                if found is not None:
+                    return found
+            found = decode_video(ref, sampler, max_side=self.max_side, limits=self.limits, decoder=self.decoder)
+            with self._lock:
+                self.decoded += 1
+                self._pending.setdefault(place, {})[key] = found
                 self._pending_bytes += found.frames.nbytes
-            full = self._pending_bytes >= self._flush_bytes
+                self._pending_since = self._pending_since or time.monotonic()
+                if claim is not None:
+                    self._claims.append(claim)
+                    claim = None
+                full = (
+                    self._pending_bytes >= self._flush_bytes
+                    or sum(map(len, self._pending.values())) >= FLUSH_CLIPS
+                    or time.monotonic() - self._pending_since >= FLUSH_SECONDS
+                )
+        finally:
+            if claim is not None:
+                _release(claim)
         if full:
             self.flush()
         return found
+
+    def _claim(self, folder: Path, name: str) -> BaseFileLock | None:
+        """The right to decode one entry; None where it cannot be had."""
+        from filelock import FileLock, Timeout
+
+        until = time.monotonic() + WAIT_SECONDS
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # Not bound to the thread: whichever thread writes the shard lets it go.
+            lock = FileLock(folder / f"{name}.lock", thread_local=False)
+            while time.monotonic() < until:
+                try:
+                    lock.acquire(timeout=0.05)
+                    return lock
+                except Timeout:
+                    self.flush()  # whoever holds it may be waiting for one of ours
+        except (OSError, NotImplementedError):
+            pass  # a file system without locks
+        return None
 
     def fill(
         self, refs: Iterable[ImageRef | str | Path | bytes], sampler: Sampler | None = None, *, workers: int = 2,
@@ -146,9 +222,14 @@ class FrameCache:
             DataError: the disk is full.
         """
         with self._lock:
-            for place, entries in self._pending.items():
-                self._caches[place].store(list(entries), _tensors(list(entries.values())))
-            self._pending, self._pending_bytes = {}, 0
+            claims, self._claims = self._claims, []
+            try:
+                for place, entries in self._pending.items():
+                    self._caches[place].store(list(entries), _tensors(list(entries.values())))
+                self._pending, self._pending_bytes, self._pending_since = {}, 0, 0.0
+            finally:
+                for claim in claims:
+                    _release(claim)
             if self._new_notes:
                 write_json(self.root / KIND / "hashes.json", self._noted)
                 self._new_notes = False
@@ -187,6 +268,13 @@ class FrameCache:
 
 def _place(sampler: Sampler) -> tuple[str, int]:
     return ("at", 0) if sampler.times else (sampler.name, sampler.count)
+
+
+def _release(claim: BaseFileLock) -> None:
+    """Give a lock back. Its file can go first: whoever gets hold of it still looks at what is stored before decoding."""
+    with suppress(OSError):
+        Path(claim.lock_file).unlink(missing_ok=True)
+    claim.release()
 
 
 def _tensors(entries: list[Frames]) -> dict[str, list[Tensor]]:

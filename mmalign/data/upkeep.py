@@ -73,7 +73,8 @@ def list_caches(root: Path) -> Iterator[CacheInfo]:
                 entries += len(Shard(path))
             except DataError as error:
                 problems.append(str(error))
-        files = [path for path in folder.rglob("*") if path.is_file()]
+        # Lock files come and go with the writers that hold them.
+        files = [path for path in folder.rglob("*") if path.suffix != ".lock" and path.is_file()]
         problems += [f"{path.name}: left by a writer that was killed" for path in files if path.suffix == ".tmp"]
         stats = [path.stat() for path in files]
         yield CacheInfo(

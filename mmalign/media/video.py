@@ -8,20 +8,17 @@ A file that is cut short or whose wanted frames are damaged is refused, never pa
 
 from __future__ import annotations
 
-import io
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from mmalign.errors import MissingExtraError
-from mmalign.media.containers import container_of, cut_short, is_sound
+from mmalign.media import torchcodec
 from mmalign.media.decode import DEFAULT, Limits
-from mmalign.media.errors import MediaError
+from mmalign.media.opening import OpenVideo, opened_video
 from mmalign.media.pixels import display_matrix, frame_flags, rgb, shrunk, upright
 from mmalign.media.samplers import Sampler
 
@@ -83,6 +80,7 @@ def decode_video(
     max_side: int | None = None,
     timeout_seconds: float = TIMEOUT_SECONDS,
     limits: Limits = DEFAULT,
+    decoder: str = "pyav",
 ) -> Frames:
     """Decode the frames that a sampler chooses.
 
@@ -91,14 +89,22 @@ def decode_video(
         sampler: by default 8 frames by ``midpoint``.
         max_side: the longer side in pixels; larger frames are reduced (bicubic, antialiased), smaller ones left as they are.
         timeout_seconds: a file that takes longer is given up.
+        decoder: ``pyav``, or ``torchcodec``: PyAV says which frames there are, torchcodec decodes them. Files that it does
+            not show as they are (see `media.torchcodec`) are decoded by PyAV.
 
     Raises:
         MediaError: with one of the reasons unreadable_video, no_video_stream, frame_timeout, too_large.
-        MissingExtraError: PyAV is not installed.
+        MissingExtraError: PyAV, or torchcodec where it is asked for, is not installed.
+        DataError: an unknown decoder, or a torchcodec that finds no FFmpeg.
     """
+    torchcodec.require(decoder)
     sampler = sampler or Sampler()
-    with _opened(ref, limits, timeout_seconds) as video:
+    with opened_video(ref, limits, timeout_seconds) as video:
         plan = _plan(video)
+        if decoder == "torchcodec" and plan.seekable:
+            found = _take_elsewhere(video, plan, sampler, max_side)
+            if found is not None:
+                return found
         try:
             return _take(video, plan, sampler, max_side)
         except _Elsewhere:
@@ -115,7 +121,7 @@ def all_frames(
     Raises:
         MediaError: as `decode_video`; also where the file turns out to be damaged on the way.
     """
-    with _opened(ref, limits, timeout_seconds) as video:
+    with opened_video(ref, limits, timeout_seconds) as video:
         first: int | None = None
         before = -1
         for number, frame in enumerate(video.decode()):
@@ -135,28 +141,28 @@ def inspect_video(
     ref: ImageRef | str | Path | bytes, *, timeout_seconds: float = TIMEOUT_SECONDS, limits: Limits = DEFAULT
 ) -> VideoFacts:
     """Decode every frame once, keeping none. Raises as `decode_video` does."""
-    with _opened(ref, limits, timeout_seconds) as video:
+    with opened_video(ref, limits, timeout_seconds) as video:
         plan = _decoded_plan(video)
         flags = dict.fromkeys(plan.flags)
         if video.stream.frames and video.stream.frames != len(plan.marks):
             flags["header_differs"] = None
         return VideoFacts(
-            mime=video.mime, size=plan.size, total=len(plan.marks), duration=plan.duration, flags=tuple(flags)
+            mime=video.kind.mime, size=plan.size, total=len(plan.marks), duration=plan.duration, flags=tuple(flags)
         )
 
 
-def video_fields() -> dict[str, str]:
+def video_fields(decoder: str = "pyav") -> dict[str, str]:
     """What decoded frames depend on besides file and sampler, for cache fingerprints.
 
     Raises:
-        MissingExtraError: PyAV is not installed.
+        MissingExtraError, DataError: as `decode_video`.
     """
     try:
         import av
     except ImportError as error:
         raise MissingExtraError("av", "video", "reading video") from error
     versions = {name: ".".join(map(str, av.library_versions[name][:2])) for name in ("libavcodec", "libswscale")}
-    return {"policy": VIDEO_POLICY, "decoder": "pyav", **versions}
+    return {"policy": VIDEO_POLICY, "decoder": decoder, **versions, **torchcodec.fields(decoder)}
 
 
 class _Elsewhere(Exception):
@@ -175,119 +181,7 @@ class _Plan:
     flags: tuple[str, ...] = ()
 
 
-class _Video:
-    """An open file with its one video stream."""
-
-    def __init__(
-        self, container: Any, stream: Any, *, source: str, mime: str, timeout_seconds: float, limits: Limits
-    ) -> None:
-        self.container, self.stream, self.source, self.mime, self.limits = container, stream, source, mime, limits
-        self.tick = float(stream.time_base)
-        self._until = time.monotonic() + timeout_seconds
-        self._timeout = timeout_seconds
-
-    def seconds(self, mark: int, first: int) -> float:
-        return (mark - first) * self.tick
-
-    def tail(self, durations: Sequence[int]) -> float:
-        """How long the last frame is shown, in seconds."""
-        if durations and durations[-1]:
-            return float(durations[-1] * self.tick)
-        return float(1 / self.stream.average_rate) if self.stream.average_rate else 0.0
-
-    def watch(self) -> None:
-        if time.monotonic() > self._until:
-            raise MediaError(
-                reason="frame_timeout", detail=f"not done after {self._timeout:g} seconds", source=self.source
-            )
-
-    def refuse(self, detail: str) -> MediaError:
-        return MediaError(reason="unreadable_video", detail=detail, source=self.source)
-
-    def decode(self, start: int | None = None) -> Iterator[Any]:
-        """Frames in the order shown, from the key frame at or before `start`, or from the beginning."""
-        self.rewind(start)
-        for packet in self.container.demux(self.stream):
-            self.watch()
-            for frame in packet.decode():
-                self.watch()
-                height, width = frame.height, frame.width
-                if max(height, width) > self.limits.max_side or height * width > self.limits.max_pixels:
-                    raise MediaError(
-                        reason="too_large", detail=f"frames of {width}x{height} pixels", source=self.source
-                    )
-                yield frame
-
-    def rewind(self, start: int | None = None) -> None:
-        if start is None and self.stream.start_time is not None:
-            start = min(self.stream.start_time, 0)
-        self.container.seek(start or 0, stream=self.stream, backward=True)
-
-
-@contextmanager
-def _opened(ref: ImageRef | str | Path | bytes, limits: Limits, timeout_seconds: float) -> Iterator[_Video]:
-    try:
-        import av
-    except ImportError as error:
-        raise MissingExtraError("av", "video", "reading video") from error
-    handle, size, source = _handle(ref)
-    with handle:
-        head = handle.read(512)
-        if not head:
-            raise MediaError(reason="unreadable_video", detail="zero bytes", source=source)
-        if size > limits.max_bytes * 16:
-            raise MediaError(reason="too_large", detail=f"{size} bytes", source=source)
-        container = container_of(head)
-        if container is None:
-            reason = "no_video_stream" if is_sound(head) else "unreadable_video"
-            raise MediaError(
-                reason=reason, detail=f"no video container; starts with {head[:8].hex(' ')}", source=source
-            )
-        missing = cut_short(handle, size, container)
-        if missing is not None:
-            raise MediaError(reason="unreadable_video", detail=f"cut short: {missing}", source=source)
-        handle.seek(0)
-        try:
-            with av.open(handle, format=container.demuxer, metadata_errors="replace") as opened:
-                streams = [stream for stream in opened.streams.video if not stream.disposition & _attached(av)]
-                if not streams:
-                    raise MediaError(reason="no_video_stream", detail="no moving pictures in it", source=source)
-                stream = streams[0]
-                stream.codec_context.thread_count = 1  # callers decode many files side by side
-                yield _Video(
-                    opened, stream, source=source, mime=container.mime, timeout_seconds=timeout_seconds, limits=limits
-                )
-        except (av.FFmpegError, EOFError) as error:
-            raise MediaError(
-                reason="unreadable_video", detail=f"{type(error).__name__}: {error}", source=source
-            ) from error
-
-
-def _attached(av: Any) -> int:
-    from av.stream import Disposition
-
-    return int(Disposition.attached_pic | Disposition.timed_thumbnails)
-
-
-def _handle(ref: ImageRef | str | Path | bytes) -> tuple[IO[bytes], int, str]:
-    """An open file, its size, and how messages name it."""
-    if isinstance(ref, bytes):
-        return io.BytesIO(ref), len(ref), "bytes"
-    if isinstance(ref, str | Path):
-        path, source = Path(ref), str(ref)
-    elif ref.data is not None:
-        return io.BytesIO(ref.data), len(ref.data), ref.label or "bytes"
-    elif ref.path is not None:
-        path, source = Path(ref.path), ref.label or ref.path
-    else:
-        raise MediaError(reason="unreadable_video", detail="neither a path nor bytes", source=ref.label)
-    try:
-        return path.open("rb"), path.stat().st_size, source
-    except OSError as error:
-        raise MediaError(reason="unreadable_video", detail=str(error), source=source) from error
-
-
-def _plan(video: _Video) -> _Plan:
+def _plan(video: OpenVideo) -> _Plan:
     """The frames as the file's packets announce them, without decoding; decoded where packets carry no times."""
     shown: list[tuple[int, int]] = []
     keys = []
@@ -312,7 +206,7 @@ def _plan(video: _Video) -> _Plan:
     return _Plan(marks=marks, keys=sorted(keys), duration=duration, seekable=True)
 
 
-def _decoded_plan(video: _Video) -> _Plan:
+def _decoded_plan(video: OpenVideo) -> _Plan:
     """The frames as they come out of the decoder: slower, and always true."""
     marks: list[int] = []
     lengths: list[int] = []
@@ -342,7 +236,7 @@ def _decoded_plan(video: _Video) -> _Plan:
     return _Plan(marks=marks, keys=[], duration=duration, seekable=False, size=size, flags=tuple(flags))
 
 
-def _take(video: _Video, plan: _Plan, sampler: Sampler, max_side: int | None) -> Frames:
+def _take(video: OpenVideo, plan: _Plan, sampler: Sampler, max_side: int | None) -> Frames:
     first = plan.marks[0]
     times = [video.seconds(mark, first) for mark in plan.marks]
     numbers = sampler.choose(times, plan.duration)
@@ -368,13 +262,34 @@ def _take(video: _Video, plan: _Plan, sampler: Sampler, max_side: int | None) ->
                 break
         if number not in pictures:
             raise _Elsewhere if plan.seekable else video.refuse(f"frame {number} cannot be decoded")
+    return _chosen(video, plan, numbers, pictures, flags)
+
+
+def _take_elsewhere(video: OpenVideo, plan: _Plan, sampler: Sampler, max_side: int | None) -> Frames | None:
+    """The same frames decoded by torchcodec; None for a file that PyAV has to decode."""
+    first = next(video.decode(), None)
+    matrix = None if first is None else display_matrix(first)
+    if first is None or first.is_corrupt or not torchcodec.shows(first, matrix, video.kind):
+        return None
+    times = [video.seconds(mark, plan.marks[0]) for mark in plan.marks]
+    numbers = sampler.choose(times, plan.duration)
+    found = torchcodec.decode(video, sorted(set(numbers)), times)
+    if found is None:
+        return None
+    pictures = {number: shrunk(picture, max_side) for number, picture in found.items()}
+    return _chosen(video, plan, numbers, pictures, dict.fromkeys((*plan.flags, *frame_flags(first, matrix))))
+
+
+def _chosen(
+    video: OpenVideo, plan: _Plan, numbers: Sequence[int], pictures: Mapping[int, np.ndarray], flags: dict[str, None]
+) -> Frames:
     if len({picture.shape for picture in pictures.values()}) > 1:
         raise video.refuse("its frames change their size on the way")
     if len(set(numbers)) < len(numbers):
         flags["short_video"] = None
     return Frames(
         frames=np.stack([pictures[number] for number in numbers]),
-        timestamps=np.asarray([times[number] for number in numbers], dtype=np.float64),
+        timestamps=np.asarray([video.seconds(plan.marks[number], plan.marks[0]) for number in numbers], dtype=np.float64),
         indices=np.asarray(numbers, dtype=np.int64),
         total=len(plan.marks),
         duration=plan.duration,

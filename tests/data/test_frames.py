@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 
 from mmalign.data import Cache, CacheWarning, FrameCache
+from mmalign.data import frames as frames_module
 from mmalign.errors import DataError
 from mmalign.media import Frames, MediaError, Sampler, decode_video, perturbed
 from mmalign.types import ImageRef
@@ -152,3 +156,61 @@ def test_entries_that_differ_in_size(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="one type and number of axes"):
         cache.store(["q"], {"ragged": [torch.zeros(3), torch.zeros(1, 1)], "plain": torch.zeros(2, 1)})
     assert len(Cache.open_or_create(tmp_path, "any", {"a": 1})) == 4
+
+
+def test_threads_that_ask_for_one_clip_decode_it_once(clips: dict[str, Path], tmp_path: Path) -> None:
+    store = FrameCache(tmp_path)
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda name: store.read(clips[name]), ["a", "b", "c", "a", "b", "c"] * 4))
+    assert store.decoded == 3
+    assert all(same(left, right) for left, right in zip(found[:3], found[-3:], strict=True))
+
+
+def decode_all(root: str, files: list[str], out: str) -> None:
+    store = FrameCache(root)
+    Path(out).touch()
+    store.fill(files, workers=2)
+    Path(out).write_text(str(store.decoded))
+
+
+def test_processes_that_fill_one_folder_decode_every_clip_once(tmp_path: Path) -> None:
+    """Another process and two stores in this one; each has the films in another order, so each holds what others want."""
+    files = [str(tmp_path / f"{number}.mp4") for number in range(6)]
+    for number, file in enumerate(files):
+        Path(file).write_bytes(clip(20 + number, size=(128, 128)))
+    root, out = tmp_path / "cache", tmp_path / "decoded"
+    other = multiprocessing.get_context("spawn").Process(target=decode_all, args=(str(root), files, str(out)))
+    other.start()
+    while not out.exists():
+        assert other.is_alive() or other.exitcode == 0
+        time.sleep(0.005)
+    stores = [FrameCache(root), FrameCache(root)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda store, order: store.fill(order), stores, (files[::-1], files[::2] + files[1::2])))
+    other.join(120)
+    assert other.exitcode == 0
+    assert sum(store.decoded for store in stores) + int(out.read_text()) == len(files)
+    assert not any((tmp_path / "cache" / "frames").glob("*/locks/*"))
+    again = FrameCache(root)
+    assert again.fill(files) == [] and again.decoded == 0
+
+
+def test_a_clip_that_another_holds_too_long_is_decoded_here(
+    clips: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frames_module, "WAIT_SECONDS", 0.1)
+    idle, store = FrameCache(tmp_path), FrameCache(tmp_path)
+    first = idle.read(clips["a"])  # decoded, and held until it is stored
+    assert same(store.read(clips["a"]), first)
+    assert (idle.decoded, store.decoded) == (1, 1)
+    idle.flush()
+    store.flush()
+    again = FrameCache(tmp_path)
+    assert same(again.read(clips["a"]), first) and again.decoded == 0
+
+
+def test_a_bad_clip_keeps_nobody_waiting(clips: dict[str, Path], tmp_path: Path) -> None:
+    stores = [FrameCache(tmp_path), FrameCache(tmp_path)]
+    for store in stores:
+        with pytest.raises(MediaError, match="cut short"):
+            store.read(clips["cut"])
