@@ -255,6 +255,7 @@ def cache(
     sampler: Annotated[str, typer.Option(help="For frames: midpoint, interior, linspace, fps:X, at:T1,T2.")] = "midpoint",
     frames: Annotated[int, typer.Option(min=1, help="For frames: how many (fps: at most).")] = 8,
     max_side: Annotated[int | None, typer.Option(min=1, help="For frames: longer side to reduce them to.")] = None,
+    decoder: Annotated[Literal["pyav", "torchcodec"], typer.Option(help="For frames: what decodes clips.")] = "pyav",
     root: Annotated[Path | None, typer.Option("--cache", help="Folder of the caches; by default cache/ in the table's.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to encode.")] = "auto",
     shard: Shard = None,
@@ -285,7 +286,7 @@ def cache(
     job = TableJob(
         table=str(what), kinds=_names(kind), model=model, family=family, dtype=dtype, resolution=resolution, flip=flip,
         drop_caption=drop_caption, rewards=_names(reward), paths=_settings(path, "--path", "NAME=FOLDER"), sampler=sampler,
-        frames=frames, max_side=max_side, root=None if root is None else str(root), device=device,
+        frames=frames, max_side=max_side, decoder=decoder, root=None if root is None else str(root), device=device,
     )  # fmt: skip
     for line in fill_table(job, shard=share, engine=engine, workers=workers, gpus=gpus):
         typer.echo(line)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mmalign.data.autoworkers import Workers
 from mmalign.data.buckets import BucketTable
 from mmalign.data.cache import Cache
 from mmalign.data.mediaindex import MediaIndex
@@ -73,12 +74,14 @@ class BucketedLoader:
         order: BucketedOrder,
         *,
         latents: Mapping[int, Cache] | None = None,
-        workers: int = 2,
+        workers: Workers = 2,
         prefetch: int = 3,
         max_runtime_failures: int = 10,
         **settings: Any,
     ) -> None:
-        self.order, self.table, self.workers, self.prefetch = order, table, workers, prefetch
+        self.order, self.table, self.prefetch = order, table, prefetch
+        self.workers: Workers = workers
+        """As given; a number from the first batch on."""
         self.max_runtime_failures = max_runtime_failures
         self._loaders = {
             bucket: PairLoader(
@@ -129,6 +132,9 @@ class BucketedLoader:
         Raises:
             DataError: too many rows had to be masked, or a row of an unchecked table is bad.
         """
+        if self.workers == "auto":
+            one = self._loaders[self.order.bucket(start_step)]
+            self.workers = one.measured_workers(self.order.batch(start_step), start_step)
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="mmalign-buckets") if self.workers else None
         pending: deque[tuple[int, int, Future[PairBatch]]] = deque()
         step, micro = start_step, 0

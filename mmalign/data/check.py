@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmalign.data import checkfiles, checkparts
-from mmalign.data.files import write_text
+from mmalign.data.files import head_hash, write_text
 from mmalign.data.lookparts import PartsMissing
 from mmalign.data.mediaindex import SIDES, MediaIndex, Picture
 from mmalign.data.reasons import QUARANTINE, Problem, count, reasons_table
@@ -269,7 +269,8 @@ def examine(
             data, source = read_bytes(ref, limits)
             decoded = decode_image(data, limits, source=source)
         except MediaError as error:
-            return Problem.at(table, row, column=SIDES[side], reason=error.reason, detail=error.detail), []
+            head = head_hash(ref.data, ref.path)
+            return Problem.at(table, row, column=SIDES[side], reason=error.reason, detail=error.detail, head=head), []
         media.note(place, side, Picture(sha256=hashlib.sha256(data).hexdigest(), size=decoded.original_size))
         flags.extend(decoded.flags)
     return None, flags

@@ -111,7 +111,7 @@ def write_quarantine_table(path: Path, problems: Sequence[Problem]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = ("row_id", "source_key", "id", "file", "row", "column", "reason", "action", "detail")
+    names = ("row_id", "source_key", "id", "file", "row", "column", "reason", "action", "detail", "head")
     rows = [{**problem.as_json(), "row_id": problem.id, "source_key": f"{problem.file}:{problem.row}"} for problem in problems]
     kinds = {name: pa.int64() if name == "row" else pa.string() for name in names}
     table = pa.table({name: pa.array([row[name] for row in rows], kinds[name]) for name in names})
@@ -131,4 +131,5 @@ def _identity(table: PairTable, limits: Limits) -> dict[str, Any]:
 
 
 def _problem(values: dict[str, Any]) -> Problem:
-    return Problem(**{name: values[name] for name in ("file", "row", "id", "column", "reason", "detail")})
+    names = ("file", "row", "id", "column", "reason", "detail", "head")
+    return Problem(**{name: values[name] for name in names if name in values})

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Final
 
 from mmalign.errors import DataError
 
@@ -81,6 +81,20 @@ def canonical_hash(value: object) -> str:
     """SHA-256 of the canonical JSON of a value: key order and spacing do not matter."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+HEAD_BYTES: Final = 64
+
+
+def head_hash(data: bytes | None, path: str | Path | None) -> str:
+    """SHA-256 of the first 64 bytes of a picture or clip, which tell what kind of file it is; '' where it cannot be read."""
+    if data is None:
+        try:
+            with Path(path or "").open("rb") as handle:
+                data = handle.read(HEAD_BYTES)
+        except (OSError, ValueError):
+            return ""
+    return hashlib.sha256(data[:HEAD_BYTES]).hexdigest()
 
 
 def file_hash(path: Path, advance: Callable[[int], None] | None = None) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor
 from mmalign.data.cache import Cache
 from mmalign.data.files import file_hash, write_json
 from mmalign.data.progress import progress_bar
-from mmalign.media import DEFAULT, Frames, Limits, MediaError, Sampler, decode_video, video_fields
+from mmalign.media import DEFAULT, Frames, Limits, MediaError, Sampler, decode_video, require_decoder, video_fields
 from mmalign.types import ImageRef
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ WAIT_SECONDS: Final = 60.0
 class FrameCache:
     """Frames of clips by (content, sampler, size). Safe to use from threads, and by several processes at once.
 
-    A clip that one thread or process is decoding is waited for by the others (a lock per entry, held until it is stored), so it
-    is decoded once whoever asks. Where locks do not work or a process keeps one for a minute, it is decoded twice and stored once.
+    A clip that one thread or process is decoding is waited for by the others (a lock per entry, held until it is stored): it is
+    decoded once whoever asks. Where locks do not work or a process keeps one for a minute, it is decoded twice and stored once.
 
     Args:
         root: folder of all caches.
@@ -56,13 +56,14 @@ class FrameCache:
         decoder: ``pyav`` or ``torchcodec``; entries of one are not read with the other.
 
     Raises:
-        DataError: the folder cannot be written, or the decoder cannot be used.
+        DataError, MissingExtraError: the folder cannot be written, or the decoder cannot be used.
     """
 
     def __init__(
         self, root: str | Path, *, max_side: int | None = None, trust_mtime: bool = False, flush_bytes: int = FLUSH_BYTES,
         limits: Limits = DEFAULT, decoder: str = "pyav",
     ) -> None:  # fmt: skip
+        require_decoder(decoder)
         self.root, self.max_side, self.trust_mtime, self.limits = Path(root), max_side, trust_mtime, limits
         self.decoder = decoder
         self.decoded = 0

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mmalign.data.augment import Augmentation, Draw
+from mmalign.data.autoworkers import Workers, available_cores, measured_workers, require_workers
 from mmalign.data.cache import Cache
 from mmalign.data.fill import require_latents, require_text
 from mmalign.data.mediaindex import MediaIndex
@@ -88,8 +89,9 @@ class PairLoader:
         draws: each row has so many stored draws of all that chance decides, taken in turn epoch by epoch; 0: a new one at
             every step.
         order: another order of the rows than one table's permutations (a mixture).
-        workers: threads; 0 works in the caller's thread.
-        decode: ``threads``, or ``processes`` (as many as `workers`) that decode pictures into shared memory.
+        workers: threads; 0 works in the caller's thread; ``auto``: as many as pay (``autoworkers``), measured at the first batch.
+        decode: ``threads``, or ``processes`` (as many as `workers`; with ``auto`` one a core) that decode into
+            shared memory.
         prefetch: micro-batches read ahead.
         max_runtime_failures: more distinct masked rows than this stop the run.
         retry_seconds: pauses before reading a missing file again.
@@ -119,7 +121,7 @@ class PairLoader:
         text: Cache | None = None,
         draws: int = 0,
         order: Order | None = None,
-        workers: int = 2,
+        workers: Workers = 2,
         decode: str = "threads",
         prefetch: int = 3,
         max_runtime_failures: int = 10,
@@ -128,7 +130,7 @@ class PairLoader:
     ) -> None:
         if not 0 <= rank < world_size:
             raise DataError(f"rank {rank} does not exist among {world_size} processes")
-        if min(batch_size, accumulate) < 1 or min(workers, prefetch, max_runtime_failures, draws) < 0:
+        if min(batch_size, accumulate) < 1 or min(prefetch, max_runtime_failures, draws) < 0 or not require_workers(workers):
             raise DataError(
                 "batch_size and accumulate must be at least 1; workers, prefetch, draws and limits at least 0"
             )
@@ -159,7 +161,8 @@ class PairLoader:
         self.draws = draws
         self.reference: Cache | None = None
         """Stored reference scores, once ``with_reference`` was told of them."""
-        self.workers = workers
+        self.workers: Workers = workers
+        """As given; a number from the first batch on."""
         self.prefetch = prefetch
         self.max_runtime_failures = max_runtime_failures
         self.masked: list[MaskedRow] = []
@@ -213,6 +216,8 @@ class PairLoader:
             RuntimeError: an unexpected failure in a worker, naming the row, with its cause.
         """
         stop = threading.Event()
+        if self.workers == "auto":
+            self.workers = self.measured_workers(self.order.batch(start_step), start_step)
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="mmalign-data") if self.workers else None
         pending: deque[_Pending] = deque()
         step, micro = start_step, 0
@@ -235,9 +240,18 @@ class PairLoader:
             if processes is not None:
                 processes.close()
 
+    def measured_workers(self, slots: Sequence[Slot], step: int) -> int:
+        """How many threads pay, by getting some rows ready for at most two seconds; with decoding processes one a core."""
+        if self._latents is not None:  # what is prepared side by side is the gathers of batches
+            return measured_workers(lambda _: self.read(slots[: self.batch_size], step))
+        if self.decode == "processes":
+            return available_cores()
+        stop = threading.Event()
+        return measured_workers(lambda number: self._row(slots[number % len(slots)], step, stop))
+
     def _processes(self) -> ProcessReader | None:
         """Processes that decode from now on, where they are wanted and anything is to be decoded."""
-        if self.decode != "processes" or not self.workers or self._latents is not None:
+        if self.decode != "processes" or not isinstance(self.workers, int) or not self.workers or self._latents is not None:
             return None
         from mmalign.data.decoders import ProcessReader
 

@@ -87,8 +87,10 @@ def read_facts(table: RankedTable, policy: CheckPolicy) -> ListIndex:
             row: tuple(None if one is None else Picture(sha256=one[0], size=(one[1], one[2])) for one in found)
             for row, found in enumerate(stored["pictures"])
         }
-        names = ("file", "row", "id", "column", "reason", "detail")
-        problems = tuple(Problem(**{name: values[name] for name in names}) for values in stored["problems"])
+        names = ("file", "row", "id", "column", "reason", "detail", "head")
+        problems = tuple(
+            Problem(**{name: values[name] for name in names if name in values}) for values in stored["problems"]
+        )
     except (KeyError, TypeError, IndexError) as error:
         raise DataError(f"{path}: cannot be read ({type(error).__name__} {error}); {remedy}") from error
     return _index(table, pictures, problems, policy)

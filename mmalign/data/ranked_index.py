@@ -16,6 +16,7 @@ from torch import Tensor
 from mmalign.data.augment import Augmentation, variant_crop
 from mmalign.data.cache import Cache, FillReport
 from mmalign.data.check import CheckPolicy, CheckResult
+from mmalign.data.files import head_hash
 from mmalign.data.mediaindex import Picture
 from mmalign.data.progress import progress_bar
 from mmalign.data.ranked import RankedTable
@@ -24,6 +25,9 @@ from mmalign.data.sources import latent_key, prepare, refuse_uncacheable, text_k
 from mmalign.errors import DataError
 from mmalign.media import DEFAULT, Crop, Limits, MediaError, decode_image, read_bytes
 from mmalign.types import RankedRecord
+
+_Defect = tuple[str, str, str, str]
+"""Column, reason, detail, and the hash of the picture's first bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +75,7 @@ def look(
 ) -> dict[str, Any]:  # fmt: skip
     """What some consecutive rows show, as plain JSON; `joined` makes an index of all parts."""
 
-    def work(row: int) -> tuple[tuple[Picture | None, ...], list[tuple[str, str, str]]]:
+    def work(row: int) -> tuple[tuple[Picture | None, ...], list[_Defect]]:
         return _examine(table[row], table.rewards, limits)
 
     pictures: list[list[list[Any] | None]] = []
@@ -105,33 +109,33 @@ def joined(table: RankedTable, parts: Iterable[Mapping[str, Any]], policy: Check
 
 def _examine(
     record: RankedRecord, rewards: tuple[str, ...], limits: Limits
-) -> tuple[tuple[Picture | None, ...], list[tuple[str, str, str]]]:
-    """Pictures of a list, and (column, reason, detail) of those that are absent."""
+) -> tuple[tuple[Picture | None, ...], list[_Defect]]:
+    """Pictures of a list, and what is wrong with those that are absent."""
     found: list[Picture | None] = []
-    defects: list[tuple[str, str, str]] = []
+    defects: list[_Defect] = []
     for number, ref in enumerate(record.images):
         unscored = [
             name for name in rewards if name not in record.scores or not math.isfinite(record.scores[name][number])
         ]
         if unscored:
-            defects.append((f"scores.{unscored[0]}", "non_finite_score", f"candidate {number} has no finite score"))
+            defects.append((f"scores.{unscored[0]}", "non_finite_score", f"candidate {number} has no finite score", ""))
             found.append(None)
             continue
         try:
             data, source = read_bytes(ref, limits)
             size = decode_image(data, limits, source=source).original_size
         except MediaError as error:
-            defects.append((f"images[{number}]", error.reason, error.detail))
+            defects.append((f"images[{number}]", error.reason, error.detail, head_hash(ref.data, ref.path)))
             found.append(None)
             continue
         found.append(Picture(sha256=hashlib.sha256(data).hexdigest(), size=size))
     return tuple(found), defects
 
 
-def _problem(table: RankedTable, row: int, defects: list[tuple[str, str, str]]) -> Problem:
-    column, reason, detail = defects[0]
+def _problem(table: RankedTable, row: int, defects: list[_Defect]) -> Problem:
+    column, reason, detail, head = defects[0]
     more = f" (and {len(defects) - 1} more candidates of this list)" if len(defects) > 1 else ""
-    return Problem.at(table, row, column=column, reason=reason, detail=detail + more)
+    return Problem.at(table, row, column=column, reason=reason, detail=detail + more, head=head)
 
 
 def _index(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mmalign.data.augment import Augmentation, Draw
+from mmalign.data.autoworkers import Workers, measured_workers, require_workers
 from mmalign.data.cache import Cache
 from mmalign.data.mediaindex import Picture
 from mmalign.data.order import Order, Slot
@@ -49,7 +50,7 @@ class RankedLoader:
         batch_size: lists of one micro-batch of this process.
         latents: a filled cache; sides then hold moments instead of pixels.
         text: a filled cache; batches then hold text-encoder outputs.
-        workers: threads; 0 works in the caller's thread.
+        workers: threads; 0 works in the caller's thread; ``auto``: as many as pay (``autoworkers``), measured at the first batch.
         prefetch: micro-batches read ahead.
         max_runtime_failures: more distinct masked lists than this stop the run.
 
@@ -71,14 +72,14 @@ class RankedLoader:
         shuffle: bool = True,
         latents: Cache | None = None,
         text: Cache | None = None,
-        workers: int = 2,
+        workers: Workers = 2,
         prefetch: int = 3,
         max_runtime_failures: int = 10,
         limits: Limits = DEFAULT,
     ) -> None:
         if not 0 <= rank < world_size:
             raise DataError(f"rank {rank} does not exist among {world_size} processes")
-        if min(batch_size, accumulate) < 1 or min(workers, prefetch, max_runtime_failures) < 0:
+        if min(batch_size, accumulate) < 1 or min(prefetch, max_runtime_failures) < 0 or not require_workers(workers):
             raise DataError("batch_size and accumulate must be at least 1; workers, prefetch and limits at least 0")
         self.table, self.index, self.augmentation = table, index, augmentation
         self.batch_size, self.accumulate, self.world_size, self.rank, self.seed = (
@@ -98,8 +99,9 @@ class RankedLoader:
         )
         self.width = index.width
         self.latents, self.text = latents, text
-        self.workers, self.prefetch, self.max_runtime_failures, self.limits = (
-            workers,
+        self.workers: Workers = workers
+        """As given; a number from the first batch on."""
+        self.prefetch, self.max_runtime_failures, self.limits = (
             prefetch,
             max_runtime_failures,
             limits,
@@ -129,8 +131,10 @@ class RankedLoader:
         Raises:
             DataError: too many lists had to be masked.
         """
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="mmalign-lists") if self.workers else None
         stop = threading.Event()
+        if self.workers == "auto":
+            self.workers = measured_workers(lambda number: self._make(start_step, number % self.accumulate, stop))
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="mmalign-lists") if self.workers else None
         pending: deque[Future[_Made]] = deque()
         step, micro = start_step, 0
         try:

@@ -79,12 +79,15 @@ class Problem:
     column: str
     reason: str
     detail: str
+    head: str = ""
+    """SHA-256 of the first 64 bytes of the picture or clip that was refused; '' where there is none, or none could be read."""
 
     @classmethod
-    def at(cls, table: Table, row: int, *, column: str, reason: str, detail: str) -> Problem:
+    def at(cls, table: Table, row: int, *, column: str, reason: str, detail: str, head: str = "") -> Problem:
         """A problem of one row of a table."""
         file, number = table.file_and_number(row)
-        return cls(file=file, row=number, id=str(table.value(row, "id")), column=column, reason=reason, detail=detail)
+        name = str(table.value(row, "id"))
+        return cls(file=file, row=number, id=name, column=column, reason=reason, detail=detail, head=head)
 
     @property
     def action(self) -> str:

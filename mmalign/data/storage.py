@@ -274,6 +274,16 @@ def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
+    for number, row in jsonl_lines(path):
+        if isinstance(row, str):
+            raise DataError(f"{path} line {number}: {row}")
+        rows.append(row)
+        lines.append(number)
+    return rows, lines
+
+
+def jsonl_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """(line number from 1, its object, or in words why it is none) of every line that is not empty."""
     with path.open("rb") as handle:
         for number, raw in enumerate(handle, start=1):
             raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
@@ -281,13 +291,24 @@ def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
                 continue
             try:
                 row = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
-            except ValueError as error:
-                raise DataError(f"{path} line {number}: not valid JSON: {error}") from error
+            except (ValueError, RecursionError) as error:
+                yield number, f"not valid JSON: {error}"
+                continue
             if not isinstance(row, dict):
-                raise DataError(f"{path} line {number}: expected an object, got {type(row).__name__}")
-            rows.append(row)
-            lines.append(number)
-    return rows, lines
+                yield number, f"expected an object, got {type(row).__name__}"
+            elif b"\\ud" in raw.lower() and not is_unicode(row):
+                yield number, "its text is no Unicode: half of a surrogate pair"
+            else:
+                yield number, row
+
+
+def is_unicode(value: object) -> bool:
+    """Whether all text of a JSON value can be written: JSON's escapes can spell half a character."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -127,7 +127,10 @@ def _parts(piece: Any, media: dict[str, list[Any]] | None) -> list[Part]:
         raise TurnsError("unsupported_format", f"a part is {type(piece).__name__}, expected an object")
     kind = str(piece.get("type"))
     if kind == "text":
-        return [text_part(str(piece["text"]))] if piece.get("text") else []
+        text = piece.get("text")
+        if text is not None and not isinstance(text, str):
+            raise TurnsError("unsupported_format", f"the text of a part is {type(text).__name__}")
+        return [text_part(text)] if text else []
     kind = kind.removesuffix("_url")
     if kind not in MEDIA_KINDS:
         raise TurnsError("unsupported_format", f"parts of type '{kind}' are not read")

@@ -21,7 +21,7 @@ import numpy as np
 from mmalign.branches import BranchRecord, MediaRef, VideoRef
 from mmalign.data import checkfiles
 from mmalign.data.check import CheckPolicy, CheckResult, _in_order
-from mmalign.data.files import file_hash, write_json
+from mmalign.data.files import file_hash, head_hash, write_json
 from mmalign.data.lookparts import LookParts
 from mmalign.data.progress import progress_bar
 from mmalign.data.reasons import Problem
@@ -126,14 +126,17 @@ def look(
     met: set[str] = set()
 
     def work(place: int) -> tuple[Problem | None, tuple[str, int] | None, list[str]]:
-        row = first + place
+        row, hashes = first + place, list[tuple[str, list[str]]]()
+        item: MediaRef | None = None
         try:
             record = table.record(row)
-            hashes = [value for item in _media_of(record) for value in _look(item, limits, known if decode else None)]
+            for item in _media_of(record):
+                hashes += _look(item, limits, known if decode else None)
         except RowProblem as problem:
             return _problem(table, row, problem.column, problem.reason, problem.detail), None, []
         except MediaError as error:
-            return _problem(table, row, "media", error.reason, f"{error.source}: {error.detail}"), None, []
+            head = "" if item is None else head_hash(item.data, item.path)
+            return _problem(table, row, "media", error.reason, f"{error.source}: {error.detail}", head), None, []
         return None, _verdict(record, [whole for whole, _ in hashes]), [one for _, parts in hashes for one in parts]
 
     with ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="mmalign-check") as pool:
@@ -187,9 +190,10 @@ def apply(table: VlmTable, facts: VlmFacts, policy: CheckPolicy) -> CheckResult:
     )  # fmt: skip
 
 
-def _problem(table: VlmTable, row: int, column: str, reason: str, detail: str) -> Problem:
+def _problem(table: VlmTable, row: int, column: str, reason: str, detail: str, head: str = "") -> Problem:
     file, number = table.file_and_number(row)
-    return Problem(file=file, row=number, id=table.row_id(row), column=column, reason=reason, detail=detail)
+    return Problem(file=file, row=number, id=table.row_id(row), column=column, reason=reason, detail=detail,
+                   head=head)  # fmt: skip
 
 
 def _media_of(record: BranchRecord) -> Iterator[MediaRef]:

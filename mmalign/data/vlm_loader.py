@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mmalign.branches import BranchBatch, BranchRecord, EncodedExample
+from mmalign.data.autoworkers import Workers, measured_workers, require_workers
 from mmalign.data.order import Order, Slot
 from mmalign.data.pair_loader import MaskedRow
 from mmalign.data.vlm import VlmTable
@@ -52,7 +53,7 @@ class VlmLoader:
             raises `RowRefused` for a row that cannot be used.
         collate: examples to a batch on the CPU.
         batch_size: rows of one micro-batch of this process.
-        workers: threads; 0 works in the caller's thread.
+        workers: threads; 0 works in the caller's thread; ``auto``: as many as pay (``autoworkers``), measured at the first batch.
         prefetch: micro-batches read ahead.
         max_runtime_failures: more distinct masked rows than this stop the run.
         mismatched: give every row an answer to another prompt of the same optimiser step.
@@ -63,12 +64,12 @@ class VlmLoader:
 
     def __init__(
         self, table: VlmTable, rows: Sequence[int] | np.ndarray, *, encode: Encode, collate: Collate, batch_size: int,
-        accumulate: int = 1, world_size: int = 1, rank: int = 0, seed: int = 0, shuffle: bool = True, workers: int = 2,
+        accumulate: int = 1, world_size: int = 1, rank: int = 0, seed: int = 0, shuffle: bool = True, workers: Workers = 2,
         prefetch: int = 3, max_runtime_failures: int = 10, mismatched: bool = False,
     ) -> None:  # fmt: skip
         if not 0 <= rank < world_size:
             raise DataError(f"rank {rank} does not exist among {world_size} processes")
-        if min(batch_size, accumulate) < 1 or min(workers, prefetch, max_runtime_failures) < 0:
+        if min(batch_size, accumulate) < 1 or min(prefetch, max_runtime_failures) < 0 or not require_workers(workers):
             raise DataError("batch_size and accumulate must be at least 1; workers, prefetch and limits at least 0")
         self.table, self.encode, self.collate = table, encode, collate
         self.batch_size, self.accumulate, self.world_size, self.rank = batch_size, accumulate, world_size, rank
@@ -83,7 +84,9 @@ class VlmLoader:
             table_fingerprint=table.fingerprint, rows=np.asarray(rows, dtype=np.int64), seed=seed,
             global_batch=self.global_batch, shuffle=shuffle,
         )  # fmt: skip
-        self.workers, self.prefetch, self.max_runtime_failures = workers, prefetch, max_runtime_failures
+        self.workers: Workers = workers
+        """As given; a number from the first batch on."""
+        self.prefetch, self.max_runtime_failures = prefetch, max_runtime_failures
         self.masked: list[MaskedRow] = []
         """Rows that had weight 0 in a batch this process was given, in the order they were met."""
         self._spare: EncodedExample | None = None
@@ -104,6 +107,9 @@ class VlmLoader:
             RuntimeError: an unexpected failure in a worker, naming the row, with its cause.
         """
         stop = threading.Event()
+        if self.workers == "auto":
+            whole = self.order.batch(start_step)
+            self.workers = measured_workers(lambda number: self._row(whole, number % len(whole), start_step, stop))
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="mmalign-vlm") if self.workers else None
         pending: deque[tuple[int, int, list[Future[_Row]]]] = deque()
         step, micro = start_step, 0

@@ -118,7 +118,8 @@ def messages_of(turns: tuple[Turn, ...], counts: Mapping[str, int]) -> tuple[tup
         counts: how many pictures and clips the row has.
 
     Raises:
-        RowProblem: other turns than system, user and assistant, the last not the user's, no words and no media, or another
+        RowProblem: other turns than system, user and assistant, the last not the user's, no words of the user, a last turn with
+            nothing in it, or another
             number of media than the row has.
     """
     roles = [turn.role for turn in turns]
@@ -141,7 +142,8 @@ def messages_of(turns: tuple[Turn, ...], counts: Mapping[str, int]) -> tuple[tup
                 "placeholder_count_mismatch",
                 f"the prompt names {kinds.count(kind)} of them, the row holds {counts[kind]}",
             )
-    if not kinds and not any(text.strip() for _, text in parts[-1]):
+    asked = [text for role, turn in zip(roles, parts, strict=True) if role == "user" for kind, text in turn if kind == "text"]
+    if not any(text.strip() for text in asked) or not any(kind != "text" or text.strip() for kind, text in parts[-1]):
         raise RowProblem("prompt", "empty_prompt", "no text")
     number, messages = 0, []
     for role, turn in zip(roles, parts, strict=True):

@@ -44,6 +44,8 @@ class Callbacks:
     samples: Callable[[int], None] | None = None
     """Called on the main process with the number of finished steps, with averaged weights in place if there are any."""
     samples_every: int = 0
+    epoch_done: Callable[[int], None] | None = None
+    """Called on every process when the rows were seen once more, with how often that is."""
     progress: Callable[[int, Mapping[str, float]], None] | None = None
     """Called on the main process after every step with the newest logged metrics."""
     trackers: Sequence[Tracker] = ()
@@ -68,14 +70,15 @@ class Loop:
         accelerator: an ``accelerate.Accelerator``.
         folder: the run folder.
         plain: written beside the weights in every checkpoint (the resolved experiment, say).
+        rows: asked at every checkpoint, on every process, with the number of steps: what is kept of the rows of the run.
     """
 
     def __init__(
         self, trainer: Trainer, accelerator: Any, *, optim: OptimConfig, run: RunConfig, folder: Path,
-        plain: Mapping[str, Any] | None = None,
+        plain: Mapping[str, Any] | None = None, rows: Callable[[int], Mapping[str, Any]] | None = None,
     ) -> None:  # fmt: skip
         self.trainer, self.accelerator, self.optim, self.run, self.folder = trainer, accelerator, optim, run, folder
-        self.plain = dict(plain or {})
+        self.plain, self.rows = dict(plain or {}), rows
         self.module = trainer.policy  # unwrapped
         self.average = WeightAverage(self.module, optim.ema_decay) if optim.ema_decay else None
         self.groups = {name: list(tensors) for name, tensors in trainer.parameter_groups().items()}
@@ -99,7 +102,7 @@ class Loop:
             from accelerate.utils import gather_object
 
             window = gather_object(window)
-        path = None
+        path, rows = None, None if self.rows is None else self.rows(self.step)
         if self.accelerator.is_main_process:
             state: dict[str, Any] = {
                 "policy": trainable_state(self.module),
@@ -108,6 +111,8 @@ class Loop:
                 "extra": {name: value.state_dict() for name, value in self.trainer.extra_state().items()},
                 "experiment": self.plain,
             }
+            if rows is not None:
+                state["rows"] = rows
             if self.accelerator.scaler is not None:
                 state["scaler"] = self.accelerator.scaler.state_dict()
             if self.average is not None:
@@ -166,6 +171,10 @@ class Loop:
                 due = callbacks.samples_every and self.step % callbacks.samples_every == 0
                 if due and not interrupted and self.step < self.optim.steps:
                     self._samples(callbacks)
+                if callbacks.epoch_done is not None:
+                    before_it, now_it = (int(batches.epoch(step) + 1e-9) for step in (self.step - 1, self.step))
+                    if now_it > before_it:
+                        callbacks.epoch_done(now_it)
                 if interrupted or self.step % self.run.save_every == 0 or self.step == self.optim.steps:
                     self.save()
                 if interrupted:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mmalign import rng
 from mmalign.data import index_media
+from mmalign.data.autoworkers import Workers
 from mmalign.data.files import canonical_hash
 from mmalign.data.mediaindex import MediaIndex
 from mmalign.data.opened import Pairs, open_pairs
@@ -162,7 +163,7 @@ class Batches:
 def loader(
     pairs: Pairs | str | Path, *, model: Any = None, batch_size: int, buckets: Literal["auto"] | bool | None = None,
     seed: int = 0, device: str | torch.device = "cpu", resolution: int | None = None, shuffle: bool = True, flip: bool = False,
-    drop_caption: float = 0.0, cache: str = "auto", workers: int = 2, prefetch: int = 3, world_size: int = 1, rank: int = 0,
+    drop_caption: float = 0.0, cache: str = "auto", workers: Workers = 2, prefetch: int = 3, world_size: int = 1, rank: int = 0,
 ) -> Batches:  # fmt: skip
     """Batches of pairs, cached where a model is given, resumable at any of them.
 

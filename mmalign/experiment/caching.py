@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mmalign.config import Resolved, decode
+from mmalign.data.autoworkers import fixed_workers
 from mmalign.data.engines import Engine, each_part
 from mmalign.errors import ConfigError
 from mmalign.experiment import streams
@@ -72,7 +73,7 @@ def fill_experiment(
     family = load_family(config, device)
     table = streams.open_pairs(config.data)
     checked = streams.usable(config.data, table, check_policy(config), progress=True)
-    media = checked.media or data.index_media(table, checked.rows, config.data.workers)
+    media = checked.media or data.index_media(table, checked.rows, fixed_workers(config.data.workers))
     _, _, rows, problems = fill_pairs(
         config, family, table, checked.rows, media, (resolution(config, family),) * 2, progress=True, shard=shard, kinds=kinds
     )
@@ -135,6 +136,8 @@ class TableJob:
     sampler: str = "midpoint"
     frames: int = 8
     max_side: int | None = None
+    decoder: str = "pyav"
+    """For ``frames``: pyav or torchcodec."""
     root: str | None = None
     """Folder of the caches; by default ``cache`` in the table's folder."""
     check: str = "online"
@@ -258,7 +261,7 @@ def _fill_frames(job: TableJob, shard: tuple[int, int]) -> str:
         for item in (*record.media, *(item for answer in record.answers for item in answer.media or ())):
             if isinstance(item, VideoRef) and not item.frames:
                 clips[item.path or f"row {row} {item.label}"] = ImageRef(path=item.path, data=item.data, label=item.label)
-    store = FrameCache(job.folder, max_side=job.max_side)
+    store = FrameCache(job.folder, max_side=job.max_side, decoder=job.decoder)
     failed = store.fill(clips.values(), Sampler(name=job.sampler, count=job.frames), progress=True)
     lost = f", {bad} rows are defective" if bad else ""
     if failed:

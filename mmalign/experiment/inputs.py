@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mmalign.data.autoworkers import fixed_workers
 from mmalign.data.remote import is_remote, mirror_folder
 from mmalign.errors import ConfigError, DataError
 from mmalign.experiment import streams
@@ -40,16 +41,22 @@ class Inputs:
     cache_problems: Sequence[Any] = ()
     people: People | None = None
     """The users of a personalised run."""
+    masked: Sequence[Any] | None = None
+    """Rows masked by all processes, before a resume too, once the run is over (``rowcounts``)."""
 
     @property
     def quarantined(self) -> int:
         """Rows refused for a defect, before and during the run."""
-        return self.checked.quarantined + len(self.cache_problems) + len(self.loader.masked)
+        return self.checked.quarantined + len(self.cache_problems) + len(self._masked)
 
     @property
     def dropped(self) -> dict[str, int]:
         """Rows left out, by reason."""
         return {**self.checked.counts, **(self.people.dropped if self.people is not None else {})}
+
+    @property
+    def _masked(self) -> Sequence[Any]:
+        return self.loader.masked if self.masked is None else self.masked
 
     def write_quarantine(self, path: Path) -> None:
         """``quarantine.jsonl``: everything refused, with file, row, id and reason."""
@@ -59,7 +66,7 @@ class Inputs:
         with path.open("a") as handle:
             for problem in self.cache_problems:
                 handle.write(json.dumps(_plain(problem)) + "\n")
-            for row in self.loader.masked:
+            for row in self._masked:
                 handle.write(json.dumps(_plain(row)) + "\n")
 
 
@@ -121,7 +128,7 @@ def prepare_inputs(
     media = checked.media
     if config.data.cache != "off":
         if media is None:
-            media = data.index_media(table, rows, config.data.workers)
+            media = data.index_media(table, rows, fixed_workers(config.data.workers))
         latents, text, rows, problems = fill_pairs(config, family, table, rows, media, (side, side), progress=main)
     size = config.optim.batch_size * config.optim.accumulate * accelerator.num_processes
     order = streams.mixture(config.data, table, rows, seed=config.run.seed, global_batch=size)
@@ -205,7 +212,8 @@ def fill_pairs(
         if "vae" in kinds:
             outcome = data.fill_latents(
                 latents, table, rows, media, resolution=size, flip=config.data.flip, crop=config.data.crop,
-                crop_variants=0, encode=encode_images, batch_size=ENCODE_BATCH, workers=config.data.workers, progress=progress,
+                crop_variants=0, encode=encode_images, batch_size=ENCODE_BATCH, workers=fixed_workers(config.data.workers),
+                progress=progress,
                 shard=shard,
             )  # fmt: skip
         if "text" in kinds:

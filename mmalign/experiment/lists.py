@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmalign.data.autoworkers import fixed_workers
 from mmalign.errors import ConfigError, DataError
 from mmalign.experiment.inputs import ENCODE_BATCH, Inputs, cache_root, refuse_missing_scores, resolution
 from mmalign.experiment.settings import ExperimentConfig
@@ -40,8 +41,8 @@ def prepare_lists(config: ExperimentConfig, family: DiffusionFamily, accelerator
         accelerator.wait_for_everyone()
     policy = data.CheckPolicy(ties=settings.ties, max_bad_fraction=settings.max_bad_fraction)
     index = usable_lists(
-        table, check=settings.check, policy=policy, cached=settings.cache != "off", workers=settings.workers or None,
-        progress=main,
+        table, check=settings.check, policy=policy, cached=settings.cache != "off",
+        workers=fixed_workers(settings.workers) or None, progress=main,
     )  # fmt: skip
     latents = text = None
     if settings.cache != "off":

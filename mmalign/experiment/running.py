@@ -17,6 +17,7 @@ from mmalign.experiment.assembly import Assembled, assemble
 from mmalign.experiment.folder import environment, prepare_folder, write_json, write_text
 from mmalign.experiment.freezing import verify_held, write_mask
 from mmalign.experiment.inputs import Inputs, prepare_inputs
+from mmalign.experiment.rowcounts import RowCounts
 from mmalign.experiment.samples import samples_of
 from mmalign.experiment.settings import Experiment, ExperimentConfig, load_experiment
 from mmalign.experiment.trackers import AccelerateTracker, bar, note_of, require_trackers
@@ -77,20 +78,24 @@ def train_experiment(
     set_seed(config.run.seed)
     parts = assemble(config, accelerator.device, accelerator.process_index)
     inputs = _inputs(config, parts, accelerator)
+    counts = RowCounts(inputs, accelerator)
     loop = Loop(
-        parts.trainer, accelerator, optim=config.optim, run=config.run, folder=config.folder,
+        parts.trainer, accelerator, optim=config.optim, run=config.run, folder=config.folder, rows=counts.state,
         plain={"config": config.model_dump(mode="json"), "table": inputs.table_fingerprint},
     )  # fmt: skip
     if checkpoint is not None:
         _same_table(loop, checkpoint, inputs)
         loop.restore(checkpoint)
+        counts.restore(checkpoint)
         verify_held(parts.policy, f"after loading {checkpoint}")
         accelerator.print(f"continuing from {checkpoint} at step {loop.step}")
     elif resume and main:
         loop.metrics.cut_after(0)  # stopped before its first checkpoint: what it logged will be logged again
+    accelerator.print(counts.line("data"))
     if main and inputs.people is not None:
         write_store(config, inputs.people, loop.module)  # the first samples are made for them
-    result = _fit(config, accelerator, parts, inputs, loop)
+    result = _fit(config, accelerator, parts, inputs, loop, counts)
+    inputs.masked = counts.gather(loop.step)
     summary: dict[str, Any] = {}
     if main:
         inputs.write_quarantine(config.folder / "quarantine.jsonl")
@@ -177,15 +182,22 @@ def _same_table(loop: Loop, checkpoint: Path, inputs: Inputs) -> None:
         )
 
 
-def _fit(config: ExperimentConfig, accelerator: Any, parts: Assembled, inputs: Inputs, loop: Loop) -> FitResult:
+def _fit(
+    config: ExperimentConfig, accelerator: Any, parts: Assembled, inputs: Inputs, loop: Loop, counts: RowCounts
+) -> FitResult:
     samples = samples_of(config, parts.family, loop.module)
     if accelerator.is_main_process and loop.step == 0:
         samples.write(0)
     trackers = [AccelerateTracker(accelerator, config)] if config.run.trackers else []
     title = f"{config.method_name} {config.run.name}"
+
+    def epoch_done(number: int) -> None:
+        counts.gather(loop.step)
+        accelerator.print(counts.line(f"epoch {number}"))
+
     with bar(title, config.optim.steps, "steps", done=loop.step, show=accelerator.is_main_process) as shown:
         callbacks = Callbacks(
-            samples=samples.write, samples_every=config.evaluate.every, trackers=trackers,
+            samples=samples.write, samples_every=config.evaluate.every, trackers=trackers, epoch_done=epoch_done,
             progress=lambda step, metrics: shown.advance(1, note_of(metrics)),
         )  # fmt: skip
         with _compiler_told(config):

@@ -97,7 +97,11 @@ class DataConfig(Section):
     """Methods on answers: keep the features of a frozen vision tower on disk (megabytes a picture for large models)."""
     cache_frames: bool = False
     """Methods on answers: keep the sampled frames of clips on disk, so that each clip is decoded once in all."""
-    workers: int = 2
+    video_decoder: Literal["pyav", "torchcodec"] = "pyav"
+    """Methods on answers: what decodes clips. torchcodec needs the extra of that name and FFmpeg's libraries on the system."""
+    workers: int | Literal["auto"] = 2
+    """Threads that get batches ready. 'auto' measures at the first batch how many pay, for at most two seconds, on up to one
+    a core; whatever their number, batches are the same."""
     decode: Literal["threads", "processes"] = "threads"
     """Where pictures are decoded in training without caches: in `workers` threads, or in as many processes."""
     prefetch: int = 4
@@ -269,7 +273,7 @@ def _contradictions(config: ExperimentConfig) -> list[str]:
 
 ANSWERS_EVALUATED = ("reports", "tasks", "judge_options")
 PICTURES_ONLY = ("resolution", "flip", "crop", "drop_caption", "draws", "decode")
-ANSWERS_ONLY = ("max_length", "max_answer", "stage", "cache_vision", "cache_frames")
+ANSWERS_ONLY = ("max_length", "max_answer", "stage", "cache_vision", "cache_frames", "video_decoder")
 
 
 def _kinds(config: ExperimentConfig) -> list[str]:

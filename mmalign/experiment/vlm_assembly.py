@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from mmalign.errors import ConfigError
 from mmalign.experiment.freezing import adapter_targets, hold
 from mmalign.experiment.settings import ExperimentConfig, FullConfig, LoraConfig
 from mmalign.experiment.vlm_buffer import OnlineBuffer
+from mmalign.media import decode_video, require_decoder
 from mmalign.models.adapters import attach_lora, load_adapter
 from mmalign.models.reference import (
     AdapterOffReference,
@@ -33,14 +35,18 @@ def load_vlm(config: ExperimentConfig, device: torch.device) -> VlmFamily:
 
     Raises:
         ModelError: the folder or a part of it cannot be loaded.
+        MissingExtraError, DataError: `data.video_decoder` cannot be used on this machine.
     """
     from mmalign.experiment.assembly import quiet_libraries
 
+    require_decoder(config.data.video_decoder)  # before weights are read for nothing
     quiet_libraries()
     settings = config.model
     if not isinstance(settings, VlmConfig):
         raise ConfigError(f"model.name: '{config.model_name}' is no vision-language family")
     family: VlmFamily = MODELS.get(settings.name).load(settings, device=device)  # type: ignore[attr-defined]
+    if config.data.video_decoder != "pyav":
+        family.read_clip = partial(decode_video, decoder=config.data.video_decoder)
     return family.with_limits(max_length=config.data.max_length, max_answer=config.data.max_answer)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmalign.branches import Answer, BranchRecord, EncodedExample, VideoRef
+from mmalign.data.autoworkers import fixed_workers
 from mmalign.data.check import CheckPolicy, CheckResult
 from mmalign.data.files import canonical_hash, write_json
 from mmalign.data.frames import FrameCache
@@ -68,7 +69,7 @@ def prepare_vlm(config: ExperimentConfig, parts: Any, accelerator: Any) -> Input
         accelerator.wait_for_everyone()
     frames = parts.frames
     if frames is None and config.data.cache_frames:
-        frames = parts.frames = FrameCache(cache_root(config))
+        frames = parts.frames = FrameCache(cache_root(config), decoder=config.data.video_decoder)
         family.read_clip = frames.read
     policy = CheckPolicy(ties=config.data.ties, max_bad_fraction=config.data.max_bad_fraction)
     checked = usable_vlm(table, check=config.data.check, policy=policy, progress=main)
@@ -229,7 +230,7 @@ def _encodable(
     rows = [row for row in checked.rows.tolist() if str(row) not in known]
     with (
         progress_bar("Tokenising", len(rows), enabled=progress) as advance,
-        ThreadPoolExecutor(max(1, config.data.workers), thread_name_prefix="mmalign-encode") as pool,
+        ThreadPoolExecutor(max(1, fixed_workers(config.data.workers)), thread_name_prefix="mmalign-encode") as pool,
     ):
         for row, said in zip(rows, pool.map(ask, rows), strict=True):
             known[str(row)] = said
@@ -281,7 +282,7 @@ def _fill_frames(
     rows = [] if note.exists() else checked.rows.tolist()
     with (
         progress_bar("Decoding clips", len(rows), enabled=progress) as advance,
-        ThreadPoolExecutor(max(1, config.data.workers), thread_name_prefix="mmalign-frames") as pool,
+        ThreadPoolExecutor(max(1, fixed_workers(config.data.workers)), thread_name_prefix="mmalign-frames") as pool,
     ):
         for _ in pool.map(decode, rows):
             advance(1)

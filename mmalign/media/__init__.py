@@ -22,6 +22,8 @@ from mmalign.media.perturbations import PERTURBATIONS, RATES, Perturbed, distinc
 from mmalign.media.resize import RESIZE_RULE, Crop, cover_geometry, resize_crop, to_array
 from mmalign.media.samplers import Sampler
 from mmalign.media.sniff import Kind, image_kind
+from mmalign.media.torchcodec import DECODERS as VIDEO_DECODERS
+from mmalign.media.torchcodec import require as require_decoder
 from mmalign.media.video import Frames, VideoFacts, all_frames, decode_video, inspect_video, video_fields
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "PLAIN",
     "RATES",
     "RESIZE_RULE",
+    "VIDEO_DECODERS",
     "VIDEO_REASONS",
     "Colours",
     "Crop",
@@ -54,6 +57,7 @@ __all__ = [
     "perturb",
     "perturbed",
     "read_bytes",
+    "require_decoder",
     "resize_crop",
     "stored_to_rgb",
     "to_array",

@@ -16,7 +16,7 @@ from mmalign.data.formats.base import Names, Reader
 from mmalign.data.formats.rowfiles import Row, RowFiles, first_row
 from mmalign.data.reasons import Problem
 from mmalign.data.tables import inside
-from mmalign.data.turns import Message, TurnsError, place_media
+from mmalign.data.turns import Message, Part, TurnsError, place_media, tagged
 from mmalign.errors import DataError
 from mmalign.media import MediaError, read_bytes
 
@@ -62,7 +62,7 @@ class AnswersReader(Reader):
 
     def __init__(self, source: Path, split: str | None, **settings: Any) -> None:
         super().__init__(source, split, **settings)
-        self._files = RowFiles(source, split)
+        self._files = RowFiles(source, split, keep_broken=True)
 
     @classmethod
     @abstractmethod
@@ -86,12 +86,15 @@ class AnswersReader(Reader):
         return self._files.total()
 
     def source_rows(self) -> Iterator[Row]:
-        """The rows as they are."""
-        return iter(self._files)
+        """The rows as they are, those that can be read."""
+        return (row for row in self._files if not row.broken)
 
     def rows(self) -> Iterator[ConversationRow | Problem]:
         names, given = Names(self.PREFIX), _Given()
         for row in self._files:
+            if row.broken:
+                yield self.broken(row, names)
+                continue
             try:
                 for draft in self.drafts(row):
                     name = given.name(row) or names.name(*_identity(row))
@@ -110,15 +113,20 @@ class AnswersReader(Reader):
 
     def _finish(self, row: Row, draft: Draft, name: str) -> ConversationRow | Problem:
         column = "images"
+        values = row.values
         try:
             images = [self._media(value, "image") for value in draft.images]
             column = "rejected_images"
             other = None
             if draft.rejected_images is not None:
-                other = [self._media(value, "image") for value in draft.rejected_images]
+                other = [self._media(value, "image") for value in _several(draft.rejected_images)]
                 other = None if [_key(item) for item in other] == [_key(item) for item in images] else other
             column = "videos"
             videos = [self._media(value, "video") for value in draft.videos]
+            numbers = {
+                name: _number(values.get(name), default, name)
+                for name, default in (("p_chosen", draft.p_chosen), ("margin", draft.margin), ("weight", 1.0))
+            }
             column = "prompt"
             have = {"image": len(images), "video": len(videos)}
             prompt = place_media(draft.prompt, [draft.chosen], have, strict=draft.strict)
@@ -126,14 +134,18 @@ class AnswersReader(Reader):
             return _problem(row, name, column, error.reason, error.detail)
         except TurnsError as error:
             return _problem(row, name, column, error.reason, error.detail)
-        values = row.values
+        except Refusal as found:
+            return _problem(row, name, found.column, found.reason, found.detail)
         return ConversationRow(
             id=name, prompt=prompt, chosen=draft.chosen, rejected=draft.rejected, images=images, videos=videos,
-            rejected_images=other, p_chosen=_float(values.get("p_chosen"), draft.p_chosen, row, "p_chosen"),
-            margin=_float(values.get("margin"), draft.margin, row, "margin"), weight=_float(values.get("weight"), 1.0,
-            row, "weight") or 0.0, stage=values["stage"] if isinstance(values.get("stage"), int) else draft.stage,
-            user=_text(values.get("user")), group=_text(values.get("group")), scores=draft.scores, meta=_meta(values,
-            draft), )  # fmt: skip
+            rejected_images=other, p_chosen=numbers["p_chosen"], margin=numbers["margin"], weight=numbers["weight"] or 0.0,
+            stage=values["stage"] if isinstance(values.get("stage"), int) else draft.stage, user=_text(values.get("user")),
+            group=_text(values.get("group")), scores=draft.scores, meta=_meta(values, draft),
+        )  # fmt: skip
+
+    def broken(self, row: Row, names: Names) -> Problem:
+        """A line that is no row, as its entry in the list of what is not used."""
+        return _problem(row, names.name(row.file.name, row.number, row.broken), "", "unsupported_format", row.broken)
 
     def problem(self, row: Row, name: str, found: Refusal) -> Problem:
         """A refusal as the row's entry in the list."""
@@ -214,12 +226,21 @@ def _meta(values: Mapping[str, Any], draft: Draft) -> dict[str, Any]:
     return {**(given if isinstance(given, dict) else {}), **kept, **draft.meta}
 
 
-def _float(value: Any, default: float | None, row: Row, column: str) -> float | None:
+def _number(value: Any, default: float | None, column: str) -> float | None:
+    """A number beside the messages; one that is not finite is left to the check, which names it.
+
+    Raises:
+        Refusal: something else.
+    """
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise DataError(f"{row.file} {row.where}: column '{column}' holds {value!r}, expected a number")
+        raise Refusal(column, "non_finite_score", f"{value!r:.80} is no number")
     return float(value)
+
+
+def _several(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _text(value: Any) -> str | None:
@@ -236,8 +257,32 @@ def listed(values: Mapping[str, Any], *columns: str) -> list[Any]:
         given = values.get(column)
         if given is None:
             continue
-        return list(given) if isinstance(given, list | tuple) else [given]
+        return _several(given)
     return []
+
+
+def one_picture(values: Mapping[str, Any], *columns: str) -> list[Any]:
+    """As `listed`, for formats whose every row is about a picture.
+
+    Raises:
+        Refusal: missing_image.
+    """
+    found = listed(values, *columns)
+    if not found:
+        raise Refusal(columns[0], "missing_image", "no picture")
+    return found
+
+
+def question_parts(value: Any, column: str) -> list[Part]:
+    """A question given as text with tags; a null one has no parts, and is then refused by the check as empty_prompt.
+
+    Raises:
+        Refusal: not text.
+        TurnsError: it has a tag for sound.
+    """
+    if value is not None and not isinstance(value, str):
+        raise Refusal(column, "unsupported_format", f"{type(value).__name__} is no text")
+    return tagged(value or "")
 
 
 def answer_text(value: Any, column: str) -> str:

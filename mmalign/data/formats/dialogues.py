@@ -82,7 +82,7 @@ class SwiftReader(AnswersReader):
             raise Refusal("audios", "unsupported_format", "sound is not read")
         if values.get("rejected_videos"):
             raise Refusal("rejected_videos", "unsupported_format", "other clips for the rejected answer are not read")
-        dialogue = messages(values["messages"])
+        dialogue = messages(values.get("messages"))
         prompt, chosen = split_answer(dialogue)
         for number, (start, good, bad) in enumerate(self._rejected(values, dialogue, prompt, chosen)):
             yield Draft(
@@ -125,7 +125,7 @@ class LlamaFactoryReader(AnswersReader):
 
     def drafts(self, row: Row) -> Iterator[Draft | Refusal]:
         values = row.values
-        prompt = messages(values["conversations"])
+        prompt = messages(values.get("conversations"))
         if values.get("system"):
             prompt = [say("system", str(values["system"])), *prompt]
         answers = []
@@ -156,10 +156,10 @@ class PovidReader(AnswersReader):
 
     def drafts(self, row: Row) -> Iterator[Draft | Refusal]:
         values = row.values
-        if not values["rejected_conversations"]:
+        if not values.get("rejected_conversations"):
             raise Refusal("rejected_conversations", "missing_rejected", "no second dialogue")
         prompt, chosen, rejected = split_shared(
-            messages(values["conversations"]), messages(values["rejected_conversations"])
+            messages(values.get("conversations")), messages(values["rejected_conversations"])
         )
         for column, side in (("conversations", chosen), ("rejected_conversations", rejected)):
             if not side:
@@ -191,7 +191,7 @@ class LlavaReader(AnswersReader):
 
     def drafts(self, row: Row) -> Iterator[Draft | Refusal]:
         values = row.values
-        prompt, answer = split_answer(messages(values["conversations"]))
+        prompt, answer = split_answer(messages(values.get("conversations")))
         clips = listed(values, *VIDEOS)
         # LLaVA-Video's files write `<image>` where the clip belongs.
         if clips and not listed(values, *IMAGES):

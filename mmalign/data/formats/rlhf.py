@@ -8,9 +8,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-from mmalign.data.formats.answers import AnswersReader, Draft, Refusal, answer_text, listed
+from mmalign.data.formats.answers import AnswersReader, Draft, Refusal, answer_text, one_picture, question_parts
 from mmalign.data.formats.rowfiles import Row
-from mmalign.data.turns import say, tagged, turn
+from mmalign.data.turns import say, turn
 from mmalign.errors import DataError
 
 TURN = ("question", "chosen", "rejected")
@@ -19,7 +19,7 @@ TURN = ("question", "chosen", "rejected")
 def _one_turn(values: Mapping[str, Any], images: Sequence[Any], used: Sequence[str], **more: Any) -> Draft:
     chosen, rejected = (answer_text(values.get(side), side) for side in ("chosen", "rejected"))
     return Draft(
-        prompt=[turn("user", tagged(str(values.get("question") or "")))],
+        prompt=[turn("user", question_parts(values.get("question"), "question"))],
         chosen=[say("assistant", chosen)],
         rejected=[say("assistant", rejected)],
         images=images,
@@ -39,13 +39,13 @@ class RlhfvReader(AnswersReader):
 
     def drafts(self, row: Row) -> Iterator[Draft | Refusal]:
         try:
-            said = json.loads(row.values["text"])
+            said = json.loads(row.values.get("text"))  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             raise Refusal("text", "unsupported_format", f"not JSON: {error}") from error
         if not isinstance(said, dict):
             raise Refusal("text", "unsupported_format", "not an object with question, chosen and rejected")
         more = {name: value for name, value in said.items() if name not in TURN}
-        yield _one_turn(said, listed(row.values, "image"), ("text", "image"), meta=more)
+        yield _one_turn(said, one_picture(row.values, "image"), ("text", "image"), meta=more)
 
 
 class RlaifvReader(AnswersReader):
@@ -58,7 +58,7 @@ class RlaifvReader(AnswersReader):
         return {*TURN, "image"} <= set(row)
 
     def drafts(self, row: Row) -> Iterator[Draft | Refusal]:
-        yield _one_turn(row.values, listed(row.values, "image"), (*TURN, "image"))
+        yield _one_turn(row.values, one_picture(row.values, "image"), (*TURN, "image"))
 
 
 class VlfeedbackReader(AnswersReader):
@@ -85,7 +85,7 @@ class VlfeedbackReader(AnswersReader):
         if rule not in ("best_worst", "all_pairs"):
             raise DataError(f"{self.source}: the option 'rule' is '{rule}', expected best_worst or all_pairs")
         margin = self.number_option("min_margin")
-        answers = _completions(row.values["completions"])
+        answers = _completions(row.values.get("completions"))
         scored: list[tuple[int, str, float]] = []
         for number, answer in enumerate(answers):
             column = f"completions[{number}]"
@@ -120,10 +120,10 @@ class VlfeedbackReader(AnswersReader):
             side: answers[number].get("model") for side, number in (("chosen", better[0]), ("rejected", worse[0]))
         }
         return Draft(
-            prompt=[turn("user", tagged(str(row.values["prompt"] or "")))],
+            prompt=[turn("user", question_parts(row.values.get("prompt"), "prompt"))],
             chosen=[say("assistant", better[1])],
             rejected=[say("assistant", worse[1])],
-            images=listed(row.values, "img_path", "image", "images"),
+            images=one_picture(row.values, "img_path", "image", "images"),
             scores={"rating": (better[2], worse[2])},
             used=("prompt", "completions", "img_path", "image", "images"),
             meta={"models": models} if any(models.values()) else {},

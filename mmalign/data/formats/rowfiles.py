@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +13,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmalign.data.storage import read_jsonl
+from mmalign.data.storage import is_unicode, jsonl_lines
 from mmalign.errors import DataError
 
 SUFFIXES: Final = (".parquet", ".jsonl", ".ndjson", ".json", ".csv")
@@ -20,6 +21,7 @@ _SPLIT: Final = re.compile(r"^(?P<split>.+?)-\d{5}-of-\d{5}")
 _OURS: Final = ("metadata", "dataset_info", "dataset_infos", "state", "report", "stamp")
 """JSON files that describe a data set and hold none of it."""
 HEAD_BYTES: Final = 1 << 20
+SAMPLE_ROWS: Final = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +32,8 @@ class Row:
     number: int
     """From 0; for JSONL and CSV the line, from 1."""
     values: Mapping[str, Any]
+    broken: str = ""
+    """Why the row has no values; empty where it has."""
 
     @property
     def where(self) -> str:
@@ -74,7 +78,9 @@ def choose_split(files: list[Path], split: str | None, source: Path) -> list[Pat
 
 
 def first_row(source: Path) -> dict[str, Any] | None:
-    """The first row, read without reading the rest; None where there is none."""
+    """What a row looks like: the columns of the first `SAMPLE_ROWS` rows, each with its first value that is not null, read
+    without the rest; None where there is none. A defect of the very first row must not hide what the file is.
+    """
     files = row_files(source)
     if not files:
         return None
@@ -82,10 +88,10 @@ def first_row(source: Path) -> dict[str, Any] | None:
     try:
         if file.suffix == ".parquet":
             table = pq.ParquetFile(file)
-            batch = next(table.iter_batches(batch_size=1), None)
+            batch = next(table.iter_batches(batch_size=SAMPLE_ROWS), None)
             if batch is None or not batch.num_rows:
                 return dict.fromkeys(table.schema_arrow.names)
-            return dict(whole_microseconds(batch).to_pylist()[0])
+            return _together(whole_microseconds(batch).to_pylist())
         if file.suffix == ".csv":
             return _first_of_csv(file)
         return _first_of_json(file)
@@ -97,26 +103,59 @@ def _first_of_csv(file: Path) -> dict[str, Any] | None:
     from mmalign.data.formats.folder import read_csv
 
     rows, _ = read_csv(file)
-    return rows[0] if rows else None
+    return _together(rows[:SAMPLE_ROWS])
 
 
 def _first_of_json(file: Path) -> dict[str, Any] | None:
-    with file.open("rb") as handle:
-        head = handle.read(HEAD_BYTES).decode("utf-8-sig", errors="ignore").lstrip()
-    if head.startswith("["):
-        head = head[1:].lstrip()
-    value, _ = json.JSONDecoder().raw_decode(head)
-    return value if isinstance(value, dict) else None
+    if file.suffix != ".json" or not _is_list(file):
+        lines = (row for _, row in jsonl_lines(file) if isinstance(row, dict))
+        return _together(itertools.islice(lines, SAMPLE_ROWS))
+    size = HEAD_BYTES
+    while True:
+        with file.open("rb") as handle:
+            head = handle.read(size).decode("utf-8-sig", errors="ignore")
+        found = _together(_items(head))
+        if found is not None or size >= file.stat().st_size:
+            return found
+        size *= 16  # the first row alone is larger
+
+
+def _items(head: str) -> Iterator[dict[str, Any]]:
+    """The whole objects at the beginning of a JSON list."""
+    decoder, at = json.JSONDecoder(), head.index("[") + 1
+    for _ in range(SAMPLE_ROWS):
+        at += len(head[at:]) - len(head[at:].lstrip(" \t\r\n,"))
+        try:
+            value, at = decoder.raw_decode(head, at)
+        except ValueError:
+            return
+        if isinstance(value, dict):
+            yield value
+
+
+def _together(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """All columns of some rows, each with its first value that is not null; None where there are no rows."""
+    found: dict[str, Any] | None = None
+    for row in rows:
+        found = {} if found is None else found
+        for name, value in row.items():
+            if found.get(name) is None:
+                found[name] = value
+    return found
 
 
 class RowFiles:
     """The rows of a source's files, in order.
 
+    Args:
+        keep_broken: give lines that are no JSON object as rows with `broken`, rather than stopping at the first.
+
     Raises:
         DataError: no files, an unknown split, or a file that is not what its name says.
     """
 
-    def __init__(self, source: Path, split: str | None) -> None:
+    def __init__(self, source: Path, split: str | None, *, keep_broken: bool = False) -> None:
+        self._keep_broken = keep_broken
         self.files = choose_split(row_files(source), split, source)
         self.folder = source if source.is_dir() else source.parent
         self._read: dict[Path, list[Row]] = {}
@@ -136,21 +175,31 @@ class RowFiles:
 
     def _rows(self, file: Path) -> list[Row]:
         if file not in self._read:
-            self._read[file] = list(_text_rows(file))
+            self._read[file] = list(_text_rows(file, self._keep_broken))
         return self._read[file]
 
 
-def _text_rows(file: Path) -> Iterator[Row]:
-    if file.suffix == ".csv":
+def _text_rows(file: Path, keep_broken: bool) -> Iterator[Row]:
+    if file.suffix == ".json" and _is_list(file):
+        yield from _list_rows(file, keep_broken)
+    elif file.suffix == ".csv":
         from mmalign.data.formats.folder import read_csv
 
-        rows, lines = read_csv(file)
-    elif file.suffix == ".json" and _is_list(file):
-        rows, lines = read_list(file)
+        for values, number in zip(*read_csv(file), strict=True):
+            yield Row(file=file, number=number, values=values)
     else:
-        rows, lines = read_jsonl(file)
-    for values, number in zip(rows, lines, strict=True):
-        yield Row(file=file, number=number, values=values)
+        for number, row in jsonl_lines(file):
+            if isinstance(row, str):
+                yield _broken(file, number, row, keep_broken)
+            else:
+                yield Row(file=file, number=number, values=row)
+
+
+def _broken(file: Path, number: int, why: str, keep: bool) -> Row:
+    row = Row(file=file, number=number, values={}, broken=why)
+    if not keep:
+        raise DataError(f"{file.parent / row.where}: {why}")
+    return row
 
 
 def _is_list(file: Path) -> bool:
@@ -158,20 +207,23 @@ def _is_list(file: Path) -> bool:
         return handle.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
-def read_list(file: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The objects of a JSON file that is a list, and their numbers.
+def _list_rows(file: Path, keep_broken: bool) -> Iterator[Row]:
+    """The items of a JSON file that is a list.
 
     Raises:
-        DataError: not JSON, or an item that is no object.
+        DataError: not JSON.
     """
     try:
         value = json.loads(file.read_bytes().decode("utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file}: not readable JSON: {error}") from error
     for number, item in enumerate(value):
         if not isinstance(item, dict):
-            raise DataError(f"{file} row {number}: expected an object, got {type(item).__name__}")
-    return value, list(range(len(value)))
+            yield _broken(file, number, f"expected an object, got {type(item).__name__}", keep_broken)
+        elif not is_unicode(item):
+            yield _broken(file, number, "its text is no Unicode: half of a surrogate pair", keep_broken)
+        else:
+            yield Row(file=file, number=number, values=item)
 
 
 def _parquet_rows(file: Path, at_once: int = 64) -> Iterator[Row]:

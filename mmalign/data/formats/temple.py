@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from mmalign.data.conversations import ConversationRow
-from mmalign.data.formats.answers import AnswersReader, Draft, Refusal
+from mmalign.data.formats.answers import AnswersReader, Draft, Refusal, answer_text
 from mmalign.data.formats.base import Names
 from mmalign.data.formats.rowfiles import Row, RowFiles
 from mmalign.data.reasons import Problem
@@ -68,13 +68,20 @@ class TempleReader(AnswersReader):
 
     def rows(self) -> Iterator[ConversationRow | Problem]:
         assert self._true is not None  # checked when made
-        true = {str(row.values["video_id"]): row for row in self._rows_of(self._true)}
-        names = Names(self.PREFIX)
+        names, true = Names(self.PREFIX), dict[str, Row]()
+        for row in self._rows_of(self._true):
+            if row.broken:
+                yield self.broken(row, names)
+            else:
+                true[str(row.values.get("video_id"))] = row
         for (kind, ratio), file in sorted(self._by_kind.items()):
             if kind == "none":
                 continue
             for row in self._rows_of(file):
-                clip = str(row.values["video_id"])
+                if row.broken:
+                    yield self.broken(row, names)
+                    continue
+                clip = str(row.values.get("video_id"))
                 name = names.name(clip, kind, ratio)
                 try:
                     draft = self._draft(true.get(clip), row, clip, kind, ratio)
@@ -87,12 +94,16 @@ class TempleReader(AnswersReader):
         raise TypeError("a caption alone is no preference; rows() pairs them")
 
     def _rows_of(self, file: Path) -> Iterator[Row]:
-        return iter(RowFiles(file, None))
+        return iter(RowFiles(file, None, keep_broken=True))
 
     def _draft(self, true: Row | None, row: Row, clip: str, kind: str, ratio: int) -> Draft:
         if true is None:
             raise Refusal("video_id", "missing_chosen", f"clip {clip} has no caption of its own")
-        chosen, rejected = (str(item.values["response"] or "").split("</think>")[-1].strip() for item in (true, row))
+        said = (answer_text(item.values.get("response"), side) for item, side in ((true, "chosen"), (row, "rejected")))
+        chosen, rejected = (text.split("</think>")[-1].strip() for text in said)
+        if not chosen or not rejected:
+            side = "rejected" if chosen else "chosen"
+            raise Refusal("response", f"empty_{side}", "nothing is said")
         refuse_unequal(chosen, rejected, kind)
         from mmalign import rng
 
@@ -102,7 +113,7 @@ class TempleReader(AnswersReader):
             prompt=[turn("user", [media_part("video"), text_part(instruction)])],
             chosen=[say("assistant", chosen)],
             rejected=[say("assistant", rejected)],
-            videos=[true.values["video_path"]],
+            videos=[true.values.get("video_path")],
             used=("video_path", "response"),
             meta={"treatment": kind, "ratio": ratio},
             stage=self._stages[ratio],
