@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from mmalign.branches import BranchRecord
 from mmalign.config import Section
+from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
     from mmalign.branches import EncodedExample
     from mmalign.models.vlm.base import VlmFamily
     from mmalign.sampling.settings import SamplingConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,14 +56,27 @@ class AnswerSampler(ABC):
         config: the sampler's own section of the file.
         job: the whole file: seed, temperature, batch size and so on.
         family: the loaded model.
+
+    Raises:
+        ConfigError: the sampler cannot use the generator of the file.
+        MissingExtraError: the generator is not installed.
     """
 
     Config: ClassVar[type[Section]]
     """Its settings; a section with ``name: str``."""
     MAKES: ClassVar[Literal["pairs", "lists"]]
+    GENERATORS: ClassVar[tuple[str, ...]] = ("transformers",)
+    """Whose answers it can use; one that asks through `ask` alone can use those of `vllm` as well."""
 
     def __init__(self, config: Any, job: SamplingConfig, family: VlmFamily) -> None:
+        from mmalign.models.vlm.vllm_engine import VllmGenerator
+
         self.config, self.job, self.family = config, job, family
+        if job.generator not in self.GENERATORS:
+            raise ConfigError(
+                f"generator: sampler '{config.name}' works with {', '.join(self.GENERATORS)}, not with '{job.generator}'"
+            )
+        self.engine = VllmGenerator(family, job.vllm, adapters=False) if job.generator == "vllm" else None
 
     @abstractmethod
     def sample(self, records: Sequence[BranchRecord]) -> list[SampledRow | Refused]:
@@ -69,6 +85,32 @@ class AnswerSampler(ABC):
         Args:
             records: of one part of the table; ids are unique in the whole table.
         """
+
+    def ask(
+        self, records: Sequence[BranchRecord], *, samples: int = 1, temperature: float | None = None
+    ) -> tuple[list[BranchRecord], list[list[str]], list[Refused]]:
+        """Answers under the settings of the file, by its generator.
+
+        Args:
+            records: their prompts; answers are not read.
+            samples: answers per prompt.
+            temperature: instead of the file's.
+
+        Returns:
+            the records whose prompt the model can read, `samples` answers to each, and refusals of the others.
+        """
+        job = self.job
+        how: dict[str, Any] = {
+            "max_new_tokens": job.max_new_tokens, "temperature": job.temperature if temperature is None else temperature,
+            "top_p": job.top_p, "seed": job.seed, "samples": samples, "repetition_penalty": job.repetition_penalty,
+        }  # fmt: skip
+        if self.engine is not None:
+            good, prompts, refused = _readable(records, self.engine.prompt)
+            asked = [(record.id, prompt) for record, prompt in zip(good, prompts, strict=True)]
+            return good, self.engine.answer(None, asked, **how), refused
+        good, examples, refused = encode_prompts(self.family, records)
+        found = self.family.generate(self.family.network, examples, batch_size=job.batch_size, **how)
+        return good, found, refused
 
     def score_names(self) -> tuple[str, ...]:
         """Names in the column `scores`."""
@@ -84,13 +126,19 @@ def encode_prompts(
     family: VlmFamily, records: Sequence[BranchRecord]
 ) -> tuple[list[BranchRecord], list[EncodedExample], list[Refused]]:
     """The records whose prompt the model can read, their encodings, and refusals of the others."""
+    return _readable(records, lambda record: family.encode(record, training=False))
+
+
+def _readable(
+    records: Sequence[BranchRecord], read: Callable[[BranchRecord], T]
+) -> tuple[list[BranchRecord], list[T], list[Refused]]:
     from mmalign.models.vlm.errors import VlmDataError
 
-    good, examples, refused = [], [], []
+    good, found, refused = [], [], []
     for record in records:
         try:
-            examples.append(family.encode(record, training=False))
+            found.append(read(record))
             good.append(record)
         except VlmDataError as error:
             refused.append(Refused(id=record.id, reason=error.reason, detail=error.detail))
-    return good, examples, refused
+    return good, found, refused

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from mmalign.branches import BranchRecord
 from mmalign.config import Section
 from mmalign.rewards.answers import ANSWER_JUDGES, load_judge
-from mmalign.sampling.base import AnswerSampler, Refused, SampledRow, encode_prompts
+from mmalign.sampling.base import AnswerSampler, Refused, SampledRow
 
 
 class CandidatesConfig(Section):
@@ -34,6 +34,7 @@ class Candidates(AnswerSampler):
 
     Config: ClassVar[type[Section]] = CandidatesConfig
     MAKES: ClassVar[Literal["pairs", "lists"]] = "lists"
+    GENERATORS: ClassVar[tuple[str, ...]] = ("transformers", "vllm")
 
     def __init__(self, config: CandidatesConfig, job: Any, family: Any) -> None:
         super().__init__(config, job, family)
@@ -43,12 +44,7 @@ class Candidates(AnswerSampler):
         return tuple(self.judges)
 
     def sample(self, records: Sequence[BranchRecord]) -> list[SampledRow | Refused]:
-        good, examples, refused = encode_prompts(self.family, records)
-        job = self.job
-        found = self.family.generate(
-            self.family.network, examples, max_new_tokens=job.max_new_tokens, temperature=job.temperature, top_p=job.top_p,
-            seed=job.seed, samples=self.config.samples, batch_size=job.batch_size,
-        )  # fmt: skip
+        good, found, refused = self.ask(records, samples=self.config.samples)
         made: dict[str, SampledRow | Refused] = {item.id: item for item in refused}
         for record, texts in zip(good, found, strict=True):
             made[record.id] = self._row(record, [text for text in texts if text.strip()])

@@ -94,7 +94,8 @@ def sample_answers(config: SamplingConfig, *, shard: tuple[int, int] = (0, 1), p
     folder = PartFolder(config.out, job, -(-count // config.rows_per_part))
     schema = sampled_schema(sampler.MAKES, sampler.score_names())
     provenance = {"sampler": config.sampler.model_dump(mode="json"), "model": Path(config.model.path).name,  # type: ignore[attr-defined]
-                  "network": network, "seed": config.seed, "temperature": config.temperature, "top_p": config.top_p}  # fmt: skip
+                  "network": network, "seed": config.seed, "temperature": config.temperature, "top_p": config.top_p,
+                  "repetition_penalty": config.repetition_penalty, "generator": config.generator}  # fmt: skip
     made, missing = 0, folder.missing(shard)
     with progress_bar("Answering", sum(len(_rows(config, count, number)) for number in missing), enabled=progress) as advance:
         for number in missing:
@@ -120,7 +121,9 @@ def _load(config: SamplingConfig) -> VlmFamily:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: 'cuda' was asked for, but torch sees no CUDA device; use auto or cpu")
     quiet_libraries()
-    where = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    # vLLM holds weights of its own: the device is left to it.
+    own = config.device != "cpu" and config.generator == "transformers"
+    where = torch.device("cuda" if own and torch.cuda.is_available() else "cpu")
     settings: Any = config.model
     return VLM_FAMILIES.get(settings.name).load(settings, device=where)  # type: ignore[attr-defined, no-any-return]
 

@@ -7,9 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
 from mmalign.config import Section, Variants, decode, load_yaml
 from mmalign.config.files import Resolved
 from mmalign.models.vlm import VLM_FAMILIES
+from mmalign.models.vlm.vllm_engine import VllmOptions
 from mmalign.sampling import ANSWER_SAMPLERS
 
 
@@ -35,6 +38,13 @@ class SamplingConfig(Section):
     """Most tokens of an answer."""
     batch_size: int = 16
     """Answers made at a time; no answer depends on it but through rounding."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens of the prompt and of the answer so far become less likely."""
+    generator: Literal["transformers", "vllm"] = "transformers"
+    """Who runs the model: transformers, or vLLM (extra `vllm`; samplers `candidates` and `temple`), whose answers depend on its
+    kernels and batches."""
+    vllm: VllmOptions = Field(default_factory=lambda: VllmOptions(gpu_memory_utilization=0.9))
+    """What vLLM may use, where it generates."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     rows_per_part: int = 64
     """What an interruption can cost at most."""
@@ -45,6 +55,8 @@ class SamplingConfig(Section):
             raise ValueError("temperature must not be negative, and top_p in (0, 1]")
         if min(self.max_new_tokens, self.batch_size, self.rows_per_part) < 1:
             raise ValueError("max_new_tokens, batch_size and rows_per_part must be at least 1")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}")
         if self.max_rows is not None and self.max_rows < 1:
             raise ValueError(f"max_rows must be at least 1, got {self.max_rows}")
 

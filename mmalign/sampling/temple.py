@@ -10,9 +10,9 @@ A film is cut into clips (``meta.clips`` of the row, as ``mmalign data select`` 
   about the perturbed frames.
 
 The row of the new table always shows the film as it is. Levels that coincide on a short film are made once, a shuffle is never
-the identity, and filters and counts are those of the release (``data.formats.temple``). Departures: no repetition penalty while
-sampling; the instruction is drawn by seed and row; the narration can also be joined by rule (`narrator: join`), for models that
-cannot rewrite a list.
+the identity, and filters and counts are those of the release (``data.formats.temple``). Departures: `repetition_penalty` holds
+for captions as well as narrations; the instruction is drawn by seed and row; the narration can also be joined by rule
+(`narrator: join`), for models that cannot rewrite a list.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mmalign.data.formats.answers import Refusal
 from mmalign.data.formats.temple import INSTRUCTIONS, refuse_unequal
 from mmalign.data.frames import FrameCache
 from mmalign.media import PERTURBATIONS, RATES, MediaError, Perturbed, decode_video, distinct_rates, perturb
-from mmalign.sampling.base import AnswerSampler, Refused, SampledRow, encode_prompts
+from mmalign.sampling.base import AnswerSampler, Refused, SampledRow
 
 LABEL = re.compile(r"^(?:caption|description)\s*:\s*", re.IGNORECASE)
 LINK = re.compile(r"^(?:first|then|next|after that|finally|lastly)\b,?\s+", re.IGNORECASE)
@@ -118,6 +118,7 @@ class TempleSampler(AnswerSampler):
 
     Config: ClassVar[type[Section]] = TempleSamplerConfig
     MAKES: ClassVar[Literal["pairs", "lists"]] = "pairs"
+    GENERATORS: ClassVar[tuple[str, ...]] = ("transformers", "vllm")
     config: TempleSamplerConfig
 
     def __init__(self, config: TempleSamplerConfig, job: Any, family: Any) -> None:
@@ -288,12 +289,7 @@ class TempleSampler(AnswerSampler):
     def _answers(
         self, asked: Sequence[BranchRecord], temperature: float | None
     ) -> tuple[dict[str, str], dict[str, Refused]]:
-        good, examples, refused = encode_prompts(self.family, asked)
-        job = self.job
-        found = self.family.generate(
-            self.family.network, examples, max_new_tokens=job.max_new_tokens, top_p=job.top_p, seed=job.seed,
-            temperature=job.temperature if temperature is None else temperature, batch_size=job.batch_size,
-        )  # fmt: skip
+        good, found, refused = self.ask(asked, temperature=temperature)
         said = {record.id: texts[0] for record, texts in zip(good, found, strict=True)}
         return said, {item.id: item for item in refused}
 

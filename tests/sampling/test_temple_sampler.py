@@ -130,16 +130,16 @@ def test_a_model_is_asked_to_narrate_each_list_and_what_it_leaves_empty_is_count
     made: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The embedded model was never taught to rewrite a list: the requests are right, its empty answers are refused by name."""
-    from mmalign.sampling import temple
+    from mmalign.sampling import base
 
     asked: dict[str, str] = {}
-    encode = temple.encode_prompts
+    encode = base.encode_prompts
 
     def watched(family: Any, records: list[Any]) -> Any:
         asked.update({record.id: record.messages[0].parts[-1].text for record in records if not record.media})
         return encode(family, records)
 
-    monkeypatch.setattr(temple, "encode_prompts", watched)
+    monkeypatch.setattr(base, "encode_prompts", watched)
     try:
         made("kinds: [reverse], rates: [2]", "max_rows=1")
     except DataError as error:

@@ -328,6 +328,7 @@ class VlmFamily:
         samples: int = 1,
         batch_size: int = 8,
         hide: Sequence[Tensor] | None = None,
+        repetition_penalty: float = 1.0,
     ) -> list[list[str]]:
         """`samples` answers to every encoded prompt: left padded, cached keys, placeholders never drawn.
 
@@ -341,10 +342,11 @@ class VlmFamily:
             samples: answers per prompt.
             batch_size: answers made at a time.
             hide: per example, [P] bool: positions of the prefix that no token may look at.
+            repetition_penalty: above 1, tokens of the prompt and of the answer so far become less likely.
         """
         return generation.generate(
             self, module, examples, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
-            step=step, samples=samples, batch_size=batch_size, hide=hide,
+            step=step, samples=samples, batch_size=batch_size, hide=hide, repetition_penalty=repetition_penalty,
         )  # fmt: skip
 
     @contextmanager

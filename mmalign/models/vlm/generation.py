@@ -36,11 +36,13 @@ class Prefill:
 def generate(
     family: VlmFamily, module: nn.Module, examples: Sequence[EncodedExample], *, max_new_tokens: int,
     temperature: float, top_p: float, seed: int, step: int, samples: int, batch_size: int,
-    hide: Sequence[Tensor] | None,
+    hide: Sequence[Tensor] | None, repetition_penalty: float,
 ) -> list[list[str]]:  # fmt: skip
     """See ``VlmFamily.generate``."""
     if temperature < 0 or not 0 < top_p <= 1 or min(max_new_tokens, samples, batch_size) < 1:
         raise ValueError("temperature must not be negative, top_p in (0, 1], and the counts at least 1")
+    if repetition_penalty <= 0:
+        raise ValueError(f"repetition_penalty must be positive, got {repetition_penalty}")
     out: list[list[str]] = [[""] * samples for _ in examples]
     order = sorted(range(len(examples)), key=lambda number: len(examples[number].rows[0].prefix))
     together = max(1, batch_size // samples)
@@ -62,8 +64,9 @@ def generate(
                     logits, cache = read(family, network, prompts, family.collate([examples[n] for n in group]))
                     rows = torch.arange(len(group)).repeat_interleave(len(numbers))
                     made = decode(
-                        family, network, branch(prompts, logits[:, -1], cache, rows), draws, temperature=temperature, top_p=top_p
-                    )
+                        family, network, branch(prompts, logits[:, -1], cache, rows), draws, temperature=temperature,
+                        top_p=top_p, penalty=Repetition.of(prompts, logits, rows, repetition_penalty),
+                    )  # fmt: skip
                 for place, ids in enumerate(made):
                     text = text_of(family, ids)
                     out[group[place // len(numbers)]][numbers[place % len(numbers)]] = text
@@ -135,6 +138,45 @@ class Read:
     """Whether positions have three axes, which text walks together."""
 
 
+class Repetition:
+    """Tokens that the prompt or the answer holds already become less likely (arXiv:1909.05858 section 4.1).
+
+    Logits of such tokens are divided by the penalty where positive and multiplied by it where negative, as transformers and vLLM
+    do; padding does not count.
+
+    Args:
+        seen: bool ``[n, V]``, changed as tokens are drawn.
+    """
+
+    def __init__(self, seen: Tensor, penalty: float) -> None:
+        self.seen, self.penalty = seen, penalty
+
+    @classmethod
+    def of(cls, prompts: Prefill, logits: Tensor, rows: Tensor, penalty: float) -> Repetition | None:
+        """For answers to prompts, or None where nothing changes.
+
+        Args:
+            logits: [B, C, V], for vocabulary and device.
+            rows: [n] which prompt each answer is to.
+        """
+        if penalty == 1:
+            return None
+        seen = torch.zeros(len(prompts.input_ids), logits.shape[-1], dtype=torch.bool)
+        # Padding lies on the left, before positions that are never negative.
+        for row, (ids, mask) in enumerate(zip(prompts.input_ids, prompts.attention_mask, strict=True)):
+            seen[row, ids[int(mask.argmax()) :]] = True
+        return cls(seen[rows].to(logits.device), penalty)
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Logits ``[n, V]`` with the penalty, float32."""
+        values = logits.float()
+        return torch.where(self.seen, torch.where(values > 0, values / self.penalty, values * self.penalty), values)
+
+    def add(self, token: Tensor) -> None:
+        """These tokens ``[n]`` have been drawn."""
+        self.seen.scatter_(1, token[:, None], True)
+
+
 def read(
     family: VlmFamily, network: Any, prompts: Prefill, batch: Any, columns: Tensor | None = None
 ) -> tuple[Tensor, Any]:
@@ -167,7 +209,7 @@ def read(
 
 def decode(
     family: VlmFamily, network: Any, state: Read, draws: Tensor, *, temperature: float, top_p: float,
-    stop: Callable[[Sequence[int]], bool] | None = None,
+    stop: Callable[[Sequence[int]], bool] | None = None, penalty: Repetition | None = None,
 ) -> list[list[int]]:  # fmt: skip
     """Tokens that follow, one at a time for all rows, up to (and without) what ends an answer.
 
@@ -175,6 +217,7 @@ def decode(
         state: its cache is used up.
         draws: [n, T] uniform numbers: T tokens at most.
         stop: whether these tokens are enough of a row; the last of them is kept.
+        penalty: makes tokens less likely that are there already.
     """
     device = state.logits.device
     logits, mask, position, draws = state.logits, state.mask, state.position, draws.to(device)
@@ -182,8 +225,12 @@ def decode(
     done = torch.zeros(len(logits), dtype=torch.bool, device=device)
     made: list[list[int]] = [[] for _ in range(len(logits))]
     for number in range(draws.shape[1]):
+        if penalty is not None:
+            logits = penalty.apply(logits)
         token = pick(logits, draws[:, number], temperature=temperature, top_p=top_p, never=family.placeholder_ids)
         token = torch.where(done, ends[0], token)
+        if penalty is not None:
+            penalty.add(token)
         done = done | torch.isin(token, ends)
         enough = []
         for row, (value, over) in enumerate(zip(token.tolist(), done.tolist(), strict=True)):

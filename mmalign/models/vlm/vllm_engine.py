@@ -1,12 +1,12 @@
-"""Answers of the current policy from vLLM, which is faster for many long answers (`method.generator: vllm`, extra ``vllm``).
+"""Answers from vLLM, which is faster for many long ones (`generator: vllm` of a method or a sampling, extra ``vllm``).
 
-vLLM holds the starting weights; the adapter of the step under way is written to a scratch folder and sent along with the
-questions, so it works with `tuning.name: lora` alone. Every answer has a seed of its own from (seed, step, row, number). Its
-kernels round otherwise than transformers' and may depend on what else is in a batch, so a resumed run need not answer exactly as
-the straight one did: where that is wanted, leave `generator` at its default.
+vLLM holds the starting weights. In training the adapter of the step under way is written to a scratch folder and sent along with
+the questions, so that works with `tuning.name: lora` alone. Every answer has a seed of its own from (seed, step, row, number).
+vLLM's kernels round otherwise than transformers' and may depend on what else is in a batch, so a resumed run need not answer
+exactly as the straight one did: where that is wanted, leave `generator` at its default.
 
-**Not run by its authors**: vLLM could not be installed beside the tested versions. It is written against the documentation and
-signatures of vLLM 0.33 (``LLM.generate`` with token prompts, ``multi_modal_data``, ``SamplingParams``, ``LoRARequest``).
+**Not run by its authors**: vLLM could not be installed beside the tested versions. It is written against the source of vLLM
+0.33.0 (``LLM.generate`` with token prompts, ``multi_modal_data``, ``SamplingParams``, ``LoRARequest``).
 """
 
 from __future__ import annotations
@@ -60,48 +60,64 @@ class VllmOptions(Section):
 class VllmGenerator:
     """vLLM around a family's starting weights; the engine starts with the first question.
 
+    Args:
+        adapters: whether every question comes with a policy's adapter; otherwise the starting weights answer.
+
     Raises:
+        ConfigError: settings of the model that vLLM does not take over.
         MissingExtraError: vLLM is not installed.
     """
 
-    def __init__(self, family: VlmFamily, options: VllmOptions) -> None:
+    def __init__(self, family: VlmFamily, options: VllmOptions, *, adapters: bool = True) -> None:
         if importlib.util.find_spec("vllm") is None:
-            raise MissingExtraError("vllm", "vllm", "method.generator: vllm")
-        self.family, self.options = family, options
+            raise MissingExtraError("vllm", "vllm", "generator: vllm")
+        if family.config.image_splitting is not None:
+            raise ConfigError("generator: vllm cuts pictures as the processor's own files say; remove model.image_splitting")
+        self.family, self.options, self.adapters = family, options, adapters
         self._engine: Any = None
         self._scratch = Path(tempfile.mkdtemp(prefix="mmalign-vllm-"))
         self._sent = 0
 
     def generate(
-        self, module: nn.Module, records: Sequence[BranchRecord], *, max_new_tokens: int, temperature: float, top_p: float,
-        seed: int, step: int, samples: int,
-    ) -> list[list[str]]:  # fmt: skip
-        """`samples` answers to every record's prompt under the module's adapter.
+        self, module: nn.Module | None, records: Sequence[BranchRecord], **how: Any
+    ) -> list[list[str]]:
+        """`samples` answers to every record's prompt, under the module's adapter where adapters are sent.
+
+        Args:
+            how: as ``answer``.
 
         Raises:
             ConfigError: the module has no adapter (vLLM holds the starting weights), or several processes train.
             VlmDataError: a prompt that cannot be rendered, or media that cannot be opened.
         """
+        return self.answer(module, [(record.id, self.prompt(record)) for record in records], **how)
+
+    def answer(
+        self, module: nn.Module | None, asked: Sequence[tuple[str, dict[str, Any]]], *, max_new_tokens: int,
+        temperature: float, top_p: float, seed: int, step: int = 0, samples: int = 1, repetition_penalty: float = 1.0,
+    ) -> list[list[str]]:  # fmt: skip
+        """Answers to prompts (``prompt``) with their records' ids. Arguments and errors as those of ``VlmFamily.generate``."""
+        if not asked:
+            return []
         from vllm import SamplingParams
 
-        network = inner(module)
-        self._require(network)
+        network = None if module is None else inner(module)
+        if self.adapters:
+            self._require(network)
         prompts, settings = [], []
-        for record in records:
-            prompt = self.prompt(record)
+        for name, prompt in asked:
             for number in range(samples):
                 prompts.append(prompt)
                 settings.append(
                     SamplingParams(
                         n=1, max_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-                        seed=rng.key(seed, "generate", step, f"{record.id}#{number}"),
+                        seed=rng.key(seed, "generate", step, f"{name}#{number}"), repetition_penalty=repetition_penalty,
                         stop_token_ids=sorted(self.family.end_ids), skip_special_tokens=True,
                         logit_bias=dict.fromkeys(sorted(self.family.placeholder_ids), FORBIDDEN),
                     )
                 )  # fmt: skip
-        found = self.engine(network).generate(
-            prompts, settings, lora_request=self._adapter(network), use_tqdm=False
-        )
+        adapter = self._adapter(network) if self.adapters else None
+        found = self.engine(network).generate(prompts, settings, lora_request=adapter, use_tqdm=False)
         texts = [text_of(self.family, list(item.outputs[0].token_ids)) for item in found]
         return [texts[start : start + samples] for start in range(0, len(texts), samples)]
 
@@ -129,17 +145,24 @@ class VllmGenerator:
             from vllm import LLM
 
             config, options = self.family.config, self.options
-            rank = int(network.peft_config[ADAPTER].r)
-            room = next((size for size in RANKS if size >= rank), None)
-            if room is None:
-                raise ConfigError(f"method.generator: vllm takes adapters up to rank {RANKS[-1]}, tuning.rank is {rank}")
+            extra = self._room(network) if self.adapters else {}
+            area = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+            if given := {name: value for name, value in area.items() if value is not None}:
+                extra["mm_processor_kwargs"] = given
             self._engine = LLM(
-                model=config.path, revision=config.revision, dtype=DTYPES[config.dtype], seed=0, enable_lora=True, max_loras=1,
-                max_lora_rank=room, gpu_memory_utilization=options.gpu_memory_utilization,
-                max_model_len=options.max_model_len, enforce_eager=options.enforce_eager,
-                tensor_parallel_size=options.tensor_parallel_size,
+                model=config.path, revision=config.revision, dtype=DTYPES[config.dtype], seed=0,
+                gpu_memory_utilization=options.gpu_memory_utilization, max_model_len=options.max_model_len,
+                enforce_eager=options.enforce_eager, tensor_parallel_size=options.tensor_parallel_size, **extra,
             )  # fmt: skip
         return self._engine
+
+    def _room(self, network: Any) -> dict[str, Any]:
+        """What makes room for the policy's adapter."""
+        rank = int(network.peft_config[ADAPTER].r)
+        room = next((size for size in RANKS if size >= rank), None)
+        if room is None:
+            raise ConfigError(f"method.generator: vllm takes adapters up to rank {RANKS[-1]}, tuning.rank is {rank}")
+        return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
 
     def _adapter(self, network: Any) -> Any:
         """The policy's adapter of this moment, in a folder and under a number of its own: vLLM keeps what it has read."""
@@ -152,10 +175,10 @@ class VllmGenerator:
         self.family.save_lora(lora_state(network), folder, values)
         return LoRARequest(f"step-{self._sent}", self._sent, str(folder))
 
-    def _require(self, network: nn.Module) -> None:
+    def _require(self, network: nn.Module | None) -> None:
         import torch
 
-        if not is_lora(network):
+        if network is None or not is_lora(network):
             raise ConfigError("method.generator: vllm holds the starting weights and takes adapters; use tuning.name: lora")
         if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise ConfigError("method.generator: vllm runs beside one training process; use generator: transformers for several")

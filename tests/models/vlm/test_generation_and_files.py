@@ -16,9 +16,9 @@ from torch import Tensor
 from mmalign.errors import ModelError
 from mmalign.models.adapters import attach_lora, lora_state
 from mmalign.models.reference import AdapterOffReference
-from mmalign.models.vlm import forward
+from mmalign.models.vlm import forward, generation
 from mmalign.models.vlm.base import VlmFamily
-from mmalign.models.vlm.generation import pick
+from mmalign.models.vlm.generation import Prefill, Repetition, pick
 from mmalign.models.vlm.idefics import SmolVLM
 from mmalign.models.vlm.layout import build
 from mmalign.objectives import get_objective
@@ -88,6 +88,49 @@ def test_a_sample_depends_on_its_own_stream_alone(tiny_vlm_family: Loaded) -> No
     assert alone == [texts[0] for texts in together]
     assert len({text for texts in together for text in texts}) == 9
     assert together != family.generate(family.network, examples, samples=3, step=1, **settings)
+
+
+def test_what_is_there_already_becomes_less_likely() -> None:
+    """Token 0 in the prompt, token 3 drawn: 2 / 1.5 and -1 x 1.5; padding (token 1) does not count. As transformers has it."""
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    prompts = Prefill(
+        input_ids=torch.tensor([[1, 0, 2]]), attention_mask=torch.tensor([[0, 1, 1]]), position_ids=torch.zeros(1, 3),
+        types=torch.zeros(1, 3), next_position=torch.tensor([2]),
+    )  # fmt: skip
+    logits = torch.tensor([[2.0, 5.0, -3.0, -1.0]])
+    found = Repetition.of(prompts, logits[:, None], torch.tensor([0, 0]), 1.5)
+    assert found is not None and Repetition.of(prompts, logits[:, None], torch.tensor([0]), 1.0) is None
+    found.add(torch.tensor([3, 1]))
+    made = found.apply(logits.expand(2, -1))
+    torch.testing.assert_close(made, torch.tensor([[2 / 1.5, 5.0, -4.5, -1.5], [2 / 1.5, 5 / 1.5, -4.5, -1.0]]))
+    theirs = RepetitionPenaltyLogitsProcessor(1.5)
+    assert torch.equal(made[:1], theirs(torch.tensor([[0, 2, 3]]), logits))
+
+
+def test_a_repetition_penalty_reaches_generation(tiny_vlm_family: Loaded) -> None:
+    """A large one: no token of the answer is in the prompt or comes twice, whatever else is in the batch."""
+    family = tiny_vlm_family("llava")
+    records = [record("a", media=[picture(1)]), record("b", media=[picture(2)], prompt="Describe. What is it then?")]
+    examples = [family.encode(item, training=False) for item in records]
+    how = {"max_new_tokens": 8, "temperature": 0.0, "repetition_penalty": 1e6}
+    said: list[list[int]] = []
+    keep = generation.text_of
+
+    def kept(family: VlmFamily, ids: Any) -> str:
+        said.append(list(ids))
+        return keep(family, ids)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "text_of", kept)
+        together = family.generate(family.network, examples, batch_size=2, **how)
+    for example, ids in zip(sorted(examples, key=lambda item: len(item.rows[0].prefix)), said, strict=True):
+        prompt = set(example.rows[0].prefix.tolist())
+        assert len(ids) > 2 and len(set(ids)) == len(ids) and not prompt & set(ids)
+    assert together == [family.generate(family.network, [example], **how)[0] for example in examples]
+    assert together != family.generate(family.network, examples, max_new_tokens=8, temperature=0.0)
+    with pytest.raises(ValueError, match="repetition_penalty must be positive"):
+        family.generate(family.network, examples, max_new_tokens=8, repetition_penalty=0.0)
 
 
 def test_tokens_are_drawn_with_their_probabilities() -> None:

@@ -3,77 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mmalign import rng
 from mmalign.errors import ConfigError, MissingExtraError
 from mmalign.models.adapters import attach_lora
 from mmalign.models.vlm.vllm_engine import VllmGenerator, VllmOptions
+from tests.fixtures import vllm_library
 from tests.fixtures.tiny_vlm import clip, load, picture, record
 
 Folders = Callable[[str], Path]
 
 
-@dataclass
-class SamplingParams:
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    max_tokens: int | None = 16
-    stop_token_ids: list[int] | None = None
-    skip_special_tokens: bool = True
-    logit_bias: dict[int, float] | None = None
-
-
-@dataclass
-class LoRARequest:
-    lora_name: str
-    lora_int_id: int
-    lora_path: str = ""
-
-
-@dataclass
-class LLM:
-    model: str
-    revision: str | None = None
-    dtype: str = "auto"
-    seed: int = 0
-    gpu_memory_utilization: float = 0.92
-    enforce_eager: bool = False
-    tensor_parallel_size: int = 1
-    max_model_len: int | None = None
-    enable_lora: bool = False
-    max_loras: int = 1
-    max_lora_rank: int = 16
-    asked: list[Any] = field(default_factory=list)
-
-    def generate(self, prompts: Any, sampling_params: Any = None, *, use_tqdm: bool = True, lora_request: Any = None) -> Any:
-        weights = load_file(Path(lora_request.lora_path) / "adapter_model.safetensors")
-        self.asked.append((prompts, sampling_params, lora_request, weights))
-        end = sampling_params[0].stop_token_ids[0]
-        said = [[40 + number % 3, end, 50] for number in range(len(prompts))]
-        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids)]) for ids in said]
-
-
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    library, lora, request = ModuleType("vllm"), ModuleType("vllm.lora"), ModuleType("vllm.lora.request")
-    vars(library).update(LLM=LLM, SamplingParams=SamplingParams)
-    vars(request).update(LoRARequest=LoRARequest)
-    for module in (library, lora, request):
-        module.__spec__ = ModuleSpec(module.__name__, None)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+    vllm_library.install(monkeypatch)
 
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 5, "temperature": 0.7, "top_p": 0.9, "seed": 3, "step": 2, "samples": 2}
@@ -109,6 +58,24 @@ def test_questions_draws_and_the_adapter_of_the_step_are_sent(installed: None, t
     assert (engine.model, engine.dtype, engine.enable_lora, engine.max_lora_rank) == (family.config.path, "float32", True, 8)
 
 
+def test_the_model_itself_answers_without_adapters(installed: None, tiny_vlm_folder: Folders) -> None:
+    family = load("qwen2_5_vl", tiny_vlm_folder("qwen2_5_vl"), max_pixels=3136)
+    made = VllmGenerator(family, VllmOptions(), adapters=False)
+    said = made.generate(None, [record("a", media=[picture(1)])], **{**SETTINGS, "repetition_penalty": 1.05})
+    (engine,) = vllm_library.MADE
+    assert len(said) == 1 and len(said[0]) == 2
+    assert not engine.enable_lora and engine.mm_processor_kwargs == {"max_pixels": 3136}
+    _, params, adapter, _ = engine.asked[0]
+    assert adapter is None and {item.repetition_penalty for item in params} == {1.05}
+    assert made.answer(None, [], **SETTINGS) == [] and len(engine.asked) == 1
+
+
+def test_tiles_that_the_engine_would_cut_otherwise_are_refused(installed: None, tiny_vlm_folder: Folders) -> None:
+    family = load("internvl", tiny_vlm_folder("internvl"), image_splitting=False)
+    with pytest.raises(ConfigError, match="remove model.image_splitting"):
+        VllmGenerator(family, VllmOptions())
+
+
 def test_full_fine_tuning_is_refused(installed: None, tiny_vlm_folder: Folders) -> None:
     family = load("llava", tiny_vlm_folder("llava"))
     with pytest.raises(ConfigError, match="use tuning.name: lora"):
@@ -118,5 +85,5 @@ def test_full_fine_tuning_is_refused(installed: None, tiny_vlm_folder: Folders) 
 def test_without_the_library_the_extra_is_named(tiny_vlm_folder: Folders) -> None:
     if importlib.util.find_spec("vllm") is not None:
         pytest.skip("vLLM is installed here")
-    with pytest.raises(MissingExtraError, match=r"method.generator: vllm needs .*mmalign\[vllm\]"):
+    with pytest.raises(MissingExtraError, match=r"generator: vllm needs .*mmalign\[vllm\]"):
         VllmGenerator(load("llava", tiny_vlm_folder("llava")), VllmOptions())
