@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from mmalign.cli import app
 from tests.invariants.conftest import CONFIG, run_command, settings, write_pairs
 
 
@@ -18,14 +20,24 @@ def own_pairs(tmp_path: Path) -> Path:
     return write_pairs(tmp_path / "pairs", 8)
 
 
-def refused(*arguments: str, says: tuple[str, ...], **options: object) -> str:
-    """Run a command that must be refused; returns its message."""
+def refused(*arguments: str, says: tuple[str, ...]) -> str:
+    """Give the command line words that it must refuse, in this process; returns its message."""
+    done = CliRunner().invoke(app, list(arguments))
+    return message_of(done.exit_code, done.stdout, done.stderr, says)
+
+
+def refused_process(*arguments: str, says: tuple[str, ...], **options: object) -> str:
+    """The same in a process of its own, which takes seconds to import what it needs."""
     done = run_command(*arguments, **options)
-    assert done.returncode == 2, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    assert "Traceback" not in done.stderr
+    return message_of(done.returncode, done.stdout, done.stderr, says)
+
+
+def message_of(code: int, stdout: str, stderr: str, says: tuple[str, ...]) -> str:
+    assert code == 2, f"exit {code}\n{stdout}\n{stderr}"
+    assert "Traceback" not in stderr
     for text in says:
-        assert text in done.stderr, f"'{text}' is missing in:\n{done.stderr}"
-    return done.stderr
+        assert text in stderr, f"'{text}' is missing in:\n{stderr}"
+    return stderr
 
 
 def test_all_problems_of_a_file_in_one_message(own_pairs: Path, tmp_path: Path) -> None:
@@ -84,15 +96,15 @@ def test_a_loss_that_is_not_finite(own_pairs: Path, tmp_path: Path) -> None:
     assert saved[-1].name in message
 
 
-def test_full_disk_while_saving(own_pairs: Path, tmp_path: Path) -> None:
+def test_full_disk_while_saving(own_pairs: Path, tmp_path: Path, train: Callable[..., Path]) -> None:
     out = tmp_path / "run"
     # Build the caches first, so that only the checkpoint is too large for the limit.
-    assert run_command("train", CONFIG, *settings(own_pairs, tmp_path / "warm", optim__steps=1)).returncode == 0
+    train(tmp_path / "warm", pairs=own_pairs, optim__steps=1)
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
-    refused(
+    refused_process(
         "train", CONFIG, *settings(own_pairs, out), says=("cannot write", "step-00000002", "Free space"), preexec_fn=limit
     )
     assert list((out / "checkpoints").iterdir()) == []
