@@ -2,6 +2,7 @@
 
     python benchmarks/rewards_resume.py                       # 2,000 pictures, the embedded reward
     python benchmarks/rewards_resume.py --images 200 --kills 2
+    python benchmarks/rewards_resume.py --decode-workers 2       # the killed runs decode in processes, the other one not
 
 Prints what happened and ends with 0 if both tables are equal row for row, to the last bit.
 """
@@ -38,10 +39,10 @@ def make_folder(folder: Path, count: int) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def command(folder: Path, out: Path) -> list[str]:
+def command(folder: Path, out: Path, decode_workers: int = 0) -> list[str]:
     """What a person types."""
     return [sys.executable, "-m", "mmalign", "score", str(folder), "--reward", "tiny-clip,brightness", "--out", str(out),
-            "--device", "cpu", "--batch-size", "16"]  # fmt: skip
+            "--device", "cpu", "--batch-size", "16", "--decode-workers", str(decode_workers)]  # fmt: skip
 
 
 def finished(out: Path) -> int:
@@ -49,10 +50,10 @@ def finished(out: Path) -> int:
     return len(list(out.with_name(f"{out.name}.parts").glob("*.json")))
 
 
-def kill_once(folder: Path, out: Path, wait: float) -> tuple[int, int]:
+def kill_once(folder: Path, out: Path, wait: float, decode_workers: int) -> tuple[int, int]:
     """Start, wait for new parts and `wait` seconds more, kill; parts before and after."""
     before = finished(out)
-    process = subprocess.Popen(command(folder, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(folder, out, decode_workers), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and finished(out) <= before:
         time.sleep(0.01)
     time.sleep(wait)
@@ -75,16 +76,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--decode-workers", type=int, default=0, help="of the runs that are killed")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         folder, killed, whole = place / "pictures", place / "killed.parquet", place / "whole.parquet"
         make_folder(folder, options.images)
         for number in range(options.kills):
-            before, after = kill_once(folder, killed, wait=0.05 * number)
+            before, after = kill_once(folder, killed, wait=0.05 * number, decode_workers=options.decode_workers)
             print(f"kill {number + 1}: {before} parts found, {after} finished when killed", flush=True)
-        for out in (killed, whole):
-            code = subprocess.run(command(folder, out), stdout=subprocess.DEVNULL, check=False).returncode
+        for out, workers in ((killed, options.decode_workers), (whole, 0)):
+            code = subprocess.run(command(folder, out, workers), stdout=subprocess.DEVNULL, check=False).returncode
             print(f"{out.stem}: exit code {code} (3: some rows failed and are listed)", flush=True)
         one, two = pq.read_table(killed), pq.read_table(whole)
     wrong = differing_rows(one, two)

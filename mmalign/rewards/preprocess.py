@@ -111,14 +111,17 @@ class Preprocess:
         return f"{self._crop(stored)}{self.size}".encode()
 
     def from_planes(self, planes: Tensor) -> Tensor:
-        """As `from_image` for an RGB picture given as uint8 ``[3, H, W]``, on its device: crops bit for bit, letterboxes to
-        the rounding of float32. Only for sizes that `fits_device` knows."""
+        """As `from_image` for RGB pictures given as uint8 ``[3, H, W]`` or ``[N, 3, H, W]``, on their device: crops bit for bit,
+        letterboxes to the rounding of float32. Only for sizes that `fits_device` knows."""
+        if planes.ndim == 3:
+            return self.from_planes(planes[None])[0]
         if self.id.startswith("hps"):
-            return self._letterbox(planes.float().div_(255)[None])[0].contiguous()
-        stored = (planes.shape[2], planes.shape[1])
+            return self._letterbox(planes.float().div_(255)).contiguous()
+        stored = (planes.shape[3], planes.shape[2])
         resized, offset = self._crop(stored)
         order = resized != stored and pass_order(stored, resized, offset, self.size)
-        return resize_crop_exact(planes, resized, offset, self.size, vertical_first=bool(order))
+        found = resize_crop_exact(planes.flatten(0, 1), resized, offset, self.size, vertical_first=bool(order))
+        return found.unflatten(0, planes.shape[:2])
 
     def _crop(self, stored: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
         """(width, height) after the resize, and where the square lies in it."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmalign.media import PLAIN, Colours, Limits, MediaError
-from mmalign.rewards.decoding import Loaded, ProcessDecoders, Wanted, load_picture
+from mmalign.rewards.decoding import CHUNK, Loaded, ProcessDecoders, Wanted, load_picture, names_file
 from mmalign.rewards.inputs import Picture, read_picture
 from mmalign.rewards.preprocess import Preprocess
 from mmalign.rewards.staging import DeviceResize
@@ -46,7 +46,8 @@ class Reader:
         limits: what is too large to decode.
         stage: resizes on the encoders' device; None: on the threads.
         colours: what becomes of transparency and rotation tags.
-        decoders: processes that decode encoded files; None: the threads do.
+        decoders: processes that read and decode files; None: the threads do. Files of several names and one content are then
+            decoded once for each name (and encoded once).
     """
 
     def __init__(
@@ -70,19 +71,47 @@ class Reader:
         """The rows from number `start` on, on the threads of `pool`."""
         # The same object may stand in many rows; a lazily opened picture must not be loaded by two threads at once.
         objects = {id(entry): entry for entry in images}
-        known = dict(zip(objects, pool.map(self._identify, objects.values()), strict=True))
+        files = self._read_files(objects, pool)
+        others = {key: entry for key, entry in objects.items() if key not in files}
+        known: dict[int, Picture | MediaError | tuple[bytes, Loaded]] = {
+            **files, **dict(zip(others, pool.map(self._identify, others.values()), strict=True))
+        }  # fmt: skip
         identified = [known[id(entry)] for entry in images]
-        digests = [
-            picture.digest if isinstance(picture, Picture) else f"failed row {start + row}".encode()
-            for row, picture in enumerate(identified)
-        ]
+        digests = [_digest(one) or f"failed row {start + row}".encode() for row, one in enumerate(identified)]
         first = dict(reversed(list(zip(digests, identified, strict=True))))
-        window = Window(
-            start=start, digests=digests, pictures=dict(zip(first, pool.map(self._load, first.values()), strict=True))
-        )
+        pictures = {digest: one[1] for digest, one in first.items() if isinstance(one, tuple)}
+        rest = {digest: one for digest, one in first.items() if not isinstance(one, tuple)}
+        pictures.update(zip(rest, self._load_all(list(rest.values()), pool), strict=True))
         if self.stage is not None:
             self.stage.wait()
-        return window
+        return Window(start=start, digests=digests, pictures=pictures)
+
+    def _read_files(self, objects: Mapping[int, Any], pool: ThreadPoolExecutor) -> dict[int, tuple[bytes, Loaded]]:
+        """Pictures that name files, read and decoded by processes in one go; files of one name once. The others, and those that
+        processes have no room for, are not in the result."""
+        if self.decoders is None or self.wanted.keep_image:
+            return {}
+        names = {key: repr(entry) for key, entry in objects.items() if names_file(entry)}
+        distinct = {name: objects[key] for key, name in reversed(names.items())}
+        found = dict(zip(distinct, self._in_chunks(list(distinct.values()), pool), strict=True))
+        return {key: made for key, name in names.items() if (made := found[name]) is not None}
+
+    def _load_all(self, pictures: Sequence[Picture | MediaError], pool: ThreadPoolExecutor) -> list[Loaded]:
+        found: list[Loaded | None] = [None] * len(pictures)
+        if self.decoders is not None and not self.wanted.keep_image:
+            places = [place for place, one in enumerate(pictures) if isinstance(one, Picture) and one.data is not None]
+            for place, made in zip(places, self._in_chunks([pictures[place] for place in places], pool), strict=True):
+                found[place] = None if made is None else made[1]
+        left = [place for place, made in enumerate(found) if made is None]
+        for place, one in zip(left, pool.map(self._load, [pictures[place] for place in left]), strict=True):
+            found[place] = one
+        return [one for one in found if one is not None]
+
+    def _in_chunks(self, items: Sequence[Any], pool: ThreadPoolExecutor) -> list[tuple[bytes, Loaded] | None]:
+        decoders = self.decoders
+        assert decoders is not None
+        chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
+        return [one for part in pool.map(lambda chunk: decoders.load(chunk, self.wanted, self.stage), chunks) for one in part]
 
     def _identify(self, entry: Any) -> Picture | MediaError:
         try:
@@ -93,5 +122,11 @@ class Reader:
     def _load(self, picture: Picture | MediaError) -> Loaded:
         if isinstance(picture, MediaError):
             return Loaded(reason=picture.reason, message=str(picture))
-        found = None if self.decoders is None else self.decoders.load(picture, self.wanted, self.stage)
-        return load_picture(picture, self.wanted, self.stage) if found is None else found
+        return load_picture(picture, self.wanted, self.stage)
+
+
+def _digest(one: Picture | MediaError | tuple[bytes, Loaded]) -> bytes:
+    """Equal for equal pictures; empty where there is none."""
+    if isinstance(one, MediaError):
+        return b""
+    return one.digest if isinstance(one, Picture) else one[0]

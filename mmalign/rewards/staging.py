@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ MOST_SIZES = 32
 
 
 class DeviceResize:
-    """Resizes on one device, one picture at a time, on a stream of its own.
+    """Resizes on one device, one picture or some of one size at a time, on a stream of its own.
 
     Args:
         device: where the encoders are.
@@ -52,15 +52,20 @@ class DeviceResize:
         if not self._worth_it(image.size) or not all(rule.fits_device(image.size) for rule in rules.values()):
             return None
         stored = interleaved(image)
-        return None if stored is None else self.resize(stored, rules, digest)
+        several = None if stored is None else self.resize(stored[None], rules, [digest])
+        if several is None:
+            return None
+        return {key: value[0] for key, value in several[0].items()}, {key: value[0] for key, value in several[1].items()}
 
     def resize(
-        self, stored: np.ndarray, rules: Mapping[str, Preprocess], digest: bytes
-    ) -> tuple[dict[str, Tensor], dict[str, bytes]] | None:
-        """The same of a picture given as `interleaved` gives it, of a size that fits; it has been copied when this returns."""
-        size = (stored.shape[1], stored.shape[0])
+        self, stored: np.ndarray, rules: Mapping[str, Preprocess], digests: Sequence[bytes]
+    ) -> tuple[dict[str, Tensor], dict[str, list[bytes]]] | None:
+        """The same of several pictures of one size that fits: ``[N, H, W, 4]``, each as `interleaved` gives it. They have been
+        copied when this returns."""
+        size = (stored.shape[2], stored.shape[1])
         names = {
-            key: hashlib.blake2b(digest + rule.geometry(size), digest_size=16).digest() for key, rule in rules.items()
+            key: [hashlib.blake2b(digest + rule.geometry(size), digest_size=16).digest() for digest in digests]
+            for key, rule in rules.items()
         }
         try:
             if self.stream is None:
@@ -94,7 +99,7 @@ class DeviceResize:
 
     @torch.inference_mode()
     def _resized(self, stored: Tensor, rules: Mapping[str, Preprocess]) -> dict[str, Tensor]:
-        planes = stored[..., :3].permute(2, 0, 1)
+        planes = stored[..., :3].permute(0, 3, 1, 2)
         return {key: rule.from_planes(planes) for key, rule in rules.items()}
 
     def _worth_it(self, size: tuple[int, int]) -> bool:

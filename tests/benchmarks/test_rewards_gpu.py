@@ -11,7 +11,7 @@ import torch
 from rewards_models import build
 
 SMALL = ["--device", "cpu", "--model", "tiny", "--images", "20", "--side", "96", "--batches", "4", "--batch", "4", "--seconds",
-         "0.05", "--loop", "2", "--no-compile", "--minutes", "5"]  # fmt: skip
+         "0.05", "--loop", "2", "--decode-workers", "1", "--no-compile", "--minutes", "5"]  # fmt: skip
 
 
 def test_every_part_runs_and_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,7 +25,8 @@ def test_every_part_runs_and_is_kept(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert found["exactness"]["pixels"] == {"clip_hf": 0.0, "clip_tv": 0.0, "hps_letterbox": 0.0}
     assert found["loop in float32"]["cosine_gap"] < 1e-6  # the network of transformers and ours, on the same weights
     assert all(found[name]["rate"] > 0 for name in found if name.startswith("end to end"))
-    assert len([name for name in found if name.startswith("end to end")]) == 3
+    assert len([name for name in found if name.startswith("end to end")]) == 6
+    assert all(any(name.startswith("end to end, short") and way[0] in name for name in found) for way in rewards_gpu.WAYS)
     assert "hoped for" in capsys.readouterr().out
 
 

@@ -19,12 +19,13 @@ from mmalign import rewards
 from mmalign.cli.application import app
 from mmalign.errors import RewardError
 from mmalign.media import PLAIN, Colours, MediaError, decode_image
-from mmalign.rewards.decoding import ProcessDecoders, Wanted, load_picture
+from mmalign.rewards.decoding import CHUNK, ProcessDecoders, Wanted, load_picture
 from mmalign.rewards.errors import InputError
 from mmalign.rewards.inputs import read_picture
 from mmalign.rewards.preprocess import Preprocess
 from mmalign.rewards.reading import Reader
-from mmalign.rewards.staging import BEFORE, DeviceResize
+from mmalign.rewards.staging import DeviceResize
+from mmalign.types import ImageRef
 from tests.rewards.test_odd_inputs import encoded, odd_pictures
 
 RULES = {rule.key: rule for rule in (
@@ -58,23 +59,33 @@ def odd_files() -> list[bytes]:
             jpeg(900, 30)]  # fmt: skip
 
 
-def test_processes_make_what_threads_make(decoders: ProcessDecoders) -> None:
+def test_processes_make_what_threads_make(decoders: ProcessDecoders, tmp_path: Path) -> None:
     """Pixels, names of pixels, flags and reasons, for every rule and every kind of file."""
     wanted = Wanted(rules=RULES, colours=Colours(alpha="black"))
+    files = odd_files()
+    for row, data in enumerate(files):
+        (tmp_path / f"{row}.png").write_bytes(data)
+    paths: list[Path | ImageRef] = [tmp_path / f"{row}.png" for row in range(len(files))]
+    paths += [tmp_path / "nowhere.png", ImageRef(path=str(tmp_path / "nowhere.png"), label="table row 7")]
+    given = [decoders.load(part, wanted) for part in ([read_picture(data) for data in files], paths)]
+    assert len(given[1]) == len(files) + 2
     failed = 0
-    for data in odd_files():
-        picture = read_picture(data)
-        here, there = load_picture(picture, wanted), decoders.load(picture, wanted)
-        assert there is not None
-        assert (here.flags, here.reason, here.message) == (there.flags, there.reason, there.message)
-        failed += here.reason is not None
-        assert set(here.pixels) == set(there.pixels) == (set(RULES) if here.reason is None else set())
-        assert all(torch.equal(here.pixels[key], there.pixels[key]) for key in here.pixels)
-        assert here.pixel_digests == there.pixel_digests
-    assert failed == 2
-    # What is wanted itself, or no file, is decoded here.
-    assert decoders.load(read_picture(jpeg(64, 64)), Wanted(rules=RULES, keep_image=True)) is None
-    assert decoders.load(read_picture(smooth(64, 64)), wanted) is None
+    for items in given:
+        for row, one in enumerate(items):
+            assert one is not None
+            digest, there = one
+            if row >= len(files):
+                assert digest == b"" and there.reason == "missing_image"
+                assert (there.message or "").startswith("table row 7" if row > len(files) else str(paths[row]))
+                continue
+            picture = read_picture(paths[row] if items is given[1] else files[row])
+            here = load_picture(picture, wanted)
+            assert digest == picture.digest and here.pixel_digests == there.pixel_digests
+            assert (here.flags, here.reason, here.message) == (there.flags, there.reason, there.message)
+            failed += here.reason is not None
+            assert set(here.pixels) == set(there.pixels) == (set(RULES) if here.reason is None else set())
+            assert all(torch.equal(here.pixels[key], there.pixels[key]) for key in here.pixels)
+    assert failed == 4
 
 
 def test_pictures_come_back_whole_for_a_device_that_resizes(decoders: ProcessDecoders) -> None:
@@ -83,8 +94,8 @@ def test_pictures_come_back_whole_for_a_device_that_resizes(decoders: ProcessDec
     rules = {rule.key: rule for rule in (Preprocess("clip_hf", 48), Preprocess("hps_letterbox", 32))}
     reader = Reader(rules, keep_image=False, limits=Wanted(rules={}).limits, stage=stage, decoders=decoders)
     plain = Reader(rules, keep_image=False, limits=reader.wanted.limits)
-    files = [encoded(smooth(160, 120, seed)) for seed in range(BEFORE + 4)] + [encoded(smooth(50, 70))]
-    with ThreadPoolExecutor(1) as pool:  # in order, so that it is known which picture is the first to come whole
+    files = [encoded(smooth(160, 120, seed)) for seed in range(2 * CHUNK + 6)] + [encoded(smooth(50, 70))]
+    with ThreadPoolExecutor(1) as pool:  # one chunk after the other, so that it is known which is the first to come whole
         found, expected = reader.read(files, 0, pool), plain.read(files, 0, pool)
     assert stage.ready(rules) == ((160, 120),)
     whole = 0
@@ -92,7 +103,7 @@ def test_pictures_come_back_whole_for_a_device_that_resizes(decoders: ProcessDec
         one, other = found.pictures[digest], expected.pictures[digest]
         assert all(torch.equal(one.pixels[key], other.pixels[key]) for key in rules)
         whole += one.pixel_digests != other.pixel_digests  # named after the file, not after their pixels
-    assert whole == 3
+    assert whole == 2 * CHUNK + 6 - 7  # the last are read first: three and the odd one, four, and then the size is known
 
 
 def test_scores_with_decoding_processes_are_the_same(clip_folder: Path, decoders: ProcessDecoders) -> None:
