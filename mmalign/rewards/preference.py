@@ -91,7 +91,7 @@ class PreferenceJudge:
         self._load = load
         self._asker: Asker | None = None
         self.asked = self.unread = self.inconsistent = 0
-        """Comparisons so far, those of which a reply could not be read, and those that went by the place."""
+        """Comparisons since `restart`, those of which a reply could not be read, and those that went by the place."""
 
     def score(self, records: Sequence[BranchRecord], answers: Sequence[str]) -> list[float | None]:
         """Wins less losses of every answer among those of the same record, per readable comparison; None without one."""
@@ -113,11 +113,15 @@ class PreferenceJudge:
         return [None if value is None else value / count for value, count in zip(found, counts, strict=True)]
 
     def figures(self) -> dict[str, float]:
-        """Shares of the comparisons so far that could not be read, and that went by the place."""
+        """Shares of the comparisons since `restart` that could not be read, and that went by the place."""
         return {
             "judge_unread": self.unread / max(1, self.asked),
             "judge_inconsistent": self.inconsistent / max(1, self.asked - self.unread),
         }
+
+    def restart(self) -> None:
+        """Count from here, so that what a step tells does not depend on the steps before it."""
+        self.asked = self.unread = self.inconsistent = 0
 
     def _verdicts(
         self, records: Sequence[BranchRecord], answers: Sequence[str], pairs: Sequence[tuple[int, int]]

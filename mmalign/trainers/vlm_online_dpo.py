@@ -88,6 +88,8 @@ class VlmOnlineDPO(ChosenPairs):
 
     def choose(self, records: Sequence[BranchRecord], ctx: StepContext) -> list[Choice]:
         """The pair of every row: the table's own, or the judge's best and worst of fresh answers."""
+        if isinstance(self.judge, PreferenceJudge):
+            self.judge.restart()
         drawn = rng.uniform([record.id for record in records], seed=ctx.seed, purpose="offline", step=ctx.step).tolist()
         online = [number for number, value in enumerate(drawn) if value >= self.config.offline]
         found = dict(zip(online, self._answer([records[number] for number in online], ctx), strict=True))
@@ -135,7 +137,7 @@ class VlmOnlineDPO(ChosenPairs):
         return {"judge": judge, "answers": list(texts), "scores": list(scores)}
 
     def measures(self, choices: Sequence[Choice], weight: Tensor) -> dict[str, Tensor]:
-        """The judge's mean over answers, 0 for rows without answers; of a model as judge, how it is doing."""
+        """The judge's mean over answers, 0 for rows without answers; of a model as judge, how it did in this step."""
         means = []
         for choice in choices:
             known = [score for score in choice.said["scores"] if score is not None]

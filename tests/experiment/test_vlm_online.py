@@ -17,6 +17,10 @@ from mmalign.rewards.answers import Overlap, load_judge
 from tests.fixtures import tiny_vlm
 from tests.fixtures.vlm_runs import write_experiment, write_table
 from tests.invariants.conftest import metric_lines, state_files
+from tests.rewards.test_api import Endpoint, endpoint, says
+from tests.rewards.test_preference import shown
+
+__all__ = ["endpoint"]  # a fixture
 
 METHOD = {"name": "vlm_online_dpo", "judge": "verbosity", "max_new_tokens": 12, "samples": 3}
 
@@ -107,6 +111,74 @@ def test_a_judge_that_cannot_say_teaches_nothing(world: Path, tmp_path: Path) ->
     (line,) = metric_lines(run)
     assert (line["share_tied"], line["loss"], line["grad_norm"]) == (1.0, 0.0, 0.0)
     assert {row["source"] for row in lines(run)} == {"tied"}
+
+
+def longer(_: int, body: dict[str, Any]) -> Any:
+    """A verdict for the longer answer, wherever it stands; of two that differ by a character at most, for the first."""
+    first, second = map(len, shown(body))
+    return says(f"Answer {1 if first >= second - 1 else 2} is better.")
+
+
+def test_a_model_that_compares_two_answers_orders_what_is_trained_on(
+    world: Path, tmp_path: Path, endpoint: Endpoint
+) -> None:
+    """Three answers are three comparisons in both orders; a run that was killed asks and trains as the straight one did."""
+    endpoint.script = longer
+    judge = {"judge": f"prefer-api:http://127.0.0.1:{endpoint.server_address[1]}/v1#tiny"}
+    straight = train(world, tmp_path / "straight", **judge)
+    told = [row for row in lines(straight) if row["source"] == "online"]
+    assert told
+    for row in told:
+        best, worst = row["pair"]
+        said = [text for text in row["answers"] if text.strip()]
+        assert len(best) > len(worst) and len(best) >= max(map(len, said)) - 1 and len(worst) <= min(map(len, said)) + 1
+    shares = {line["judge_inconsistent"] for line in metric_lines(straight)}
+    assert len(shares) > 1 and all(line["judge_unread"] == 0 for line in metric_lines(straight))
+    asked = [shown(body) for body in endpoint.bodies]
+    assert len(set(asked)) > 3 and all((second, first) in asked for first, second in asked)
+    assert all(any(part["type"] == "image_url" for part in body["messages"][0]["content"]) for body in endpoint.bodies)
+
+    shutil.copytree(straight, tmp_path / "killed/run")
+    shutil.rmtree(tmp_path / "killed/run/checkpoints/step-00000004")
+    train(world, tmp_path / "killed", resume=True, **judge)
+    assert lines(tmp_path / "killed/run") == lines(straight)
+    assert state_files(tmp_path / "killed/run", 4) == state_files(straight, 4)
+    assert metric_lines(tmp_path / "killed/run") == metric_lines(straight)
+
+
+def stubborn(folder: Path) -> Path:
+    """A language model of the real class that says *Answer 1 is better.* to everything: one token, then the end.
+
+    Layers add nothing; every token but the verdict's has one and the same embedding, which the output layer turns into it.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    words = tiny_vlm.tokenizer(["<|im_start|>"], eos="<|im_end|>")
+    words.add_tokens(["Answer 1 is better."])
+    verdict = words.convert_tokens_to_ids("Answer 1 is better.")
+    words.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    model = LlamaForCausalLM(LlamaConfig(**tiny_vlm.text_settings(words)))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.fill_(1.0 if "norm" in name else 0.0)
+        model.get_input_embeddings().weight[:, 0] = 1.0
+        model.get_input_embeddings().weight[verdict] = torch.eye(32)[1]
+        model.lm_head.weight[verdict, 0] = model.lm_head.weight[words.eos_token_id, 1] = 10.0
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def test_a_local_judge_that_goes_by_the_place_teaches_nothing(world: Path, tmp_path: Path) -> None:
+    judge = f"prefer:{stubborn(tmp_path / 'judge')}"
+    run = train(world, tmp_path, "optim.steps=1", judge=judge, judge_options={"device": "cpu", "max_tokens": 4})
+    (line,) = metric_lines(run)
+    assert (line["judge_inconsistent"], line["judge_unread"]) == (1.0, 0.0)
+    assert (line["share_tied"], line["loss"], line["grad_norm"]) == (1.0, 0.0, 0.0)
 
 
 def test_offline_rows_need_pairs(world: Path, tmp_path: Path) -> None:

@@ -73,6 +73,8 @@ def test_a_verdict_needs_both_orders(endpoint: Endpoint) -> None:
     endpoint.script = by(lambda *_: -1)
     assert judge.score([RECORD, RECORD], ["long answer", "short"]) == [None, None]
     assert judge.figures() == {"judge_unread": 0.25, "judge_inconsistent": pytest.approx(1 / 3)}
+    judge.restart()
+    assert judge.figures() == {"judge_unread": 0.0, "judge_inconsistent": 0.0}
 
 
 def test_every_pair_of_several_answers_is_asked_once_per_order(endpoint: Endpoint) -> None:
