@@ -31,7 +31,7 @@ from PIL import __version__ as pillow_version
 from rewards_models import Models, build
 
 from mmalign import rewards
-from mmalign.rewards.decoding import SLOTS_EACH, WHOLE_SLOT, ProcessDecoders
+from mmalign.rewards.decoders import SLOTS_EACH, WHOLE_SLOT, ProcessDecoders
 from mmalign.rewards.loading import prepare_as
 from mmalign.rewards.preprocess import Preprocess, normalise
 from mmalign.rewards.reading import default_workers

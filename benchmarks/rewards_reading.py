@@ -27,7 +27,7 @@ from rewards_inputs import make_pictures, make_weights
 
 from mmalign import rewards
 from mmalign.media import DEFAULT, decode_image
-from mmalign.rewards.decoding import ProcessDecoders
+from mmalign.rewards.decoders import ProcessDecoders
 from mmalign.rewards.inputs import read_picture
 from mmalign.rewards.preprocess import Preprocess
 from mmalign.rewards.reading import Reader

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
+import time
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 READ_TIMEOUT = 30.0
 """Seconds a client may take between two pieces of its request."""
+BODY_TIMEOUT = 120.0
+"""Seconds a client may take for a whole body: one that sends a byte now and then must not hold a place for ever."""
+MAX_CONNECTIONS = 256
+"""Clients at a time, a thread each; further ones are hung up on."""
+PIECE = 1 << 16
 
 
 class Server(ThreadingHTTPServer):
@@ -16,6 +24,29 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
     request_queue_size = 128
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A thread for the client, if there is a place for it."""
+        if self._places.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """The client's thread."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that hang up are no news; everything else is told on standard error."""
+        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
@@ -42,11 +73,21 @@ class Handler(BaseHTTPRequestHandler):
         elif len(length) > 12 or int(length) > limit:
             self.refuse(413, f"the body may have {limit} bytes")
         else:
-            data = self.rfile.read(int(length))
-            if len(data) == int(length):
-                return data
-            self.refuse(400, "the body is shorter than its Content-Length")
+            return self._read(int(length))
         return None
+
+    def _read(self, length: int) -> bytes | None:
+        pieces, left, until = [], length, time.monotonic() + BODY_TIMEOUT
+        while left and (piece := self.rfile.read1(min(left, PIECE))):
+            pieces.append(piece)
+            left -= len(piece)
+            if left and time.monotonic() > until:
+                self.refuse(408, f"the body took longer than {BODY_TIMEOUT:g} seconds")
+                return None
+        if left:
+            self.refuse(400, "the body is shorter than its Content-Length")
+            return None
+        return b"".join(pieces)
 
     def refuse(self, code: int, message: str) -> None:
         """Answer with an error, and close."""

@@ -142,7 +142,7 @@ def read_bytes(ref: ImageRef | str | Path | bytes, limits: Limits = DEFAULT) -> 
 
 def decode_image(
     data: bytes, limits: Limits = DEFAULT, *, source: str = "", keep_stored: bool = False, colours: Colours = PLAIN,
-    draft: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
+    draft: Callable[[tuple[int, int]], tuple[int, int]] | None = None, admit: Callable[[tuple[int, int]], None] | None = None,
 ) -> Decoded:  # fmt: skip
     """Fully decode the bytes of one picture. Raises as `open_image` does.
 
@@ -151,6 +151,7 @@ def decode_image(
         colours: what becomes of transparency, rotation tags and numbers outside [0, 1].
         draft: from the (width, height) of a JPEG to the least that is wanted of it: it is then decoded at a half, a quarter or an
             eighth, whichever is the smallest that is no smaller. Cheap, and other pixels than decoding and resizing.
+        admit: called with (width, height) before memory is taken for the pixels; it may wait, or raise what it likes.
     """
     if not data:
         raise MediaError(reason="empty_image", detail="zero bytes", source=source)
@@ -163,6 +164,8 @@ def decode_image(
         try:
             with _open_header(data, kind) as image:
                 _check_size(image.size, limits, source)
+                if admit is not None:
+                    admit(image.size)
                 rotated = _stored_rotation(image)
                 if draft is not None and kind is JPEG:
                     image.draft(None, draft(image.size))  # type: ignore[arg-type]  # None keeps the colours

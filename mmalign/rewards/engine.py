@@ -21,7 +21,8 @@ from torch import Tensor
 from mmalign.media import DEFAULT, PLAIN, Colours, Limits
 from mmalign.rewards.base import Backend, Details, DirectBackend, EncodingBackend, Texts, User
 from mmalign.rewards.batching import EncodeEach, batch_for, in_batches, stack_padded
-from mmalign.rewards.decoding import SLOTS_EACH, ProcessDecoders
+from mmalign.rewards.decoders import SLOTS_EACH, ProcessDecoders
+from mmalign.rewards.decoding import Wanted, whole_picture
 from mmalign.rewards.errors import InputError, ScoringError
 from mmalign.rewards.launching import Encoded, Launched, pair_rows, windows
 from mmalign.rewards.prefixes import Group, Hashes, group_encoders
@@ -221,7 +222,7 @@ class Engine:
                     table.set_embeddings(part.rows, part.vectors)
             usable = started.usable(backend)
             if usable and isinstance(backend, DirectBackend):
-                _score_direct(backend, window, prompts, usable, size, table)
+                _score_direct(backend, window, prompts, usable, size, table, self.reader.wanted)
             if on_error == "raise":
                 table.raise_first(window.start, len(window.digests), backend.name)
 
@@ -332,14 +333,20 @@ def _is_text(prompt: str) -> bool:
 
 
 def _score_direct(
-    backend: DirectBackend, window: Window, prompts: Sequence[str], rows: list[int], size: int, table: ResultTable
-) -> None:
+    backend: DirectBackend, window: Window, prompts: Sequence[str], rows: list[int], size: int, table: ResultTable,
+    wanted: Wanted,
+) -> None:  # fmt: skip
     distinct = list(dict.fromkeys((window.digests[row], prompts[row]) for row in rows))
     answers: dict[tuple[bytes, str], tuple[float, str | None, bool, Any]] = {}
-    for start in range(0, len(distinct), size):
-        part = distinct[start : start + size]
-        pictures = [window.pictures[digest].image for digest, _ in part]
-        images = [image for image in pictures if image is not None]
+    large = [pair for pair in distinct if window.pictures[pair[0]].again is not None]
+    others = [pair for pair in distinct if window.pictures[pair[0]].again is None]
+    parts = [others[start : start + size] for start in range(0, len(others), size)]
+    for part in (*parts, *([pair] for pair in large)):
+        images = []
+        for digest, _ in part:
+            picture = window.pictures[digest]
+            image = whole_picture(picture.again, wanted) if picture.again is not None else picture.image
+            images.extend([image] if image is not None else [])
         found = backend.answer(images, [prompt for _, prompt in part])
         for index, pair in enumerate(part):
             answers[pair] = (

@@ -36,8 +36,9 @@ class Picture:
     def decode(
         self, limits: Limits, *, keep_stored: bool = False, colours: Colours = PLAIN,
         draft: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
+        admit: Callable[[tuple[int, int]], None] | None = None,
     ) -> Decoded:  # fmt: skip
-        """RGB, upright, with what had to be done to it; `keep_stored`, `colours` and `draft` as in `decode_image`.
+        """RGB, upright, with what had to be done to it; `keep_stored`, `colours`, `draft` and `admit` as in `decode_image`.
 
         Raises:
             MediaError: it cannot be decoded.
@@ -45,7 +46,7 @@ class Picture:
         if self.image is not None:
             return _upright_rgb(self.image, limits, self.source, keep_stored, colours)
         return decode_image(
-            self.data or b"", limits, source=self.source, keep_stored=keep_stored, colours=colours, draft=draft
+            self.data or b"", limits, source=self.source, keep_stored=keep_stored, colours=colours, draft=draft, admit=admit
         )
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmalign.media import PLAIN, Colours, Limits, MediaError
-from mmalign.rewards.decoding import CHUNK, Loaded, ProcessDecoders, Wanted, load_picture, names_file
+from mmalign.rewards.decoders import CHUNK, ProcessDecoders, names_file
+from mmalign.rewards.decoding import Loaded, Wanted, load_picture
 from mmalign.rewards.inputs import Picture, read_picture
 from mmalign.rewards.preprocess import Preprocess
 from mmalign.rewards.staging import DeviceResize

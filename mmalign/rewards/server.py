@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import traceback
 from collections.abc import Callable
 
 from mmalign.rewards.scorer import ScorerSet
@@ -54,8 +55,13 @@ class _Handler(Handler):
         except WireError as error:
             self.refuse(400, str(error))
             return
-        with self.server.device_lock:
-            found = self.server.scorers.score(list(request.images), list(request.prompts), details=True, on_error="nan")
+        try:
+            with self.server.device_lock:
+                found = self.server.scorers.score(list(request.images), list(request.prompts), details=True, on_error="nan")
+        except Exception:  # the server goes on, whatever a reward stumbles over; its words are for the one who runs it
+            traceback.print_exc()
+            self.refuse(500, "scoring failed; the server's output says why")
+            return
         self.answer(200, encode_answer(found))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +21,9 @@ from mmalign import rewards
 from mmalign.cli.application import app
 from mmalign.errors import RewardError
 from mmalign.media import PLAIN, Colours, MediaError, decode_image
-from mmalign.rewards.decoding import CHUNK, ProcessDecoders, Wanted, load_picture
+from mmalign.rewards import decoding
+from mmalign.rewards.decoders import CHUNK, ProcessDecoders
+from mmalign.rewards.decoding import Room, Wanted, load_picture
 from mmalign.rewards.errors import InputError
 from mmalign.rewards.inputs import read_picture
 from mmalign.rewards.preprocess import Preprocess
@@ -201,6 +205,52 @@ def test_tensors_outside_the_unit_range_too() -> None:
         with pytest.raises(InputError, match=r"\[0, 1\]"):
             scorer.score(given)
         assert torch.equal(clipping.score(given), scorer.score(pixels.clamp(0, 1)))
+
+
+def test_large_pictures_wait_for_room() -> None:
+    """Two that fit together pass; a third waits for both; one larger than all room passes alone; small ones never wait."""
+    room, order, go = Room(3 * decoding.LARGE), [], threading.Event()
+
+    def hold(name: str, pixels: int) -> None:
+        with room() as admit:
+            admit((pixels, 1))
+            order.append(name)
+            go.wait(20)
+
+    threads = [threading.Thread(target=hold, args=(name, decoding.LARGE)) for name in "abc"]
+    threads.append(threading.Thread(target=hold, args=("huge", 9 * decoding.LARGE)))
+    for number, thread in enumerate(threads):
+        thread.start()
+        until = time.monotonic() + 5
+        while len(order) <= min(number, 2) and time.monotonic() < until:
+            time.sleep(0.001)
+    hold_small = threading.Thread(target=hold, args=("small", decoding.LARGE - 1))
+    hold_small.start()
+    while "small" not in order:
+        time.sleep(0.001)
+    assert order == ["a", "b", "c", "small"] and room.used == 3 * decoding.LARGE
+    go.set()
+    for thread in (*threads, hold_small):
+        thread.join()
+    assert order[-1] == "huge" and room.used == 0
+    with pytest.raises(KeyError), room() as admit:
+        admit((decoding.LARGE, 1))
+        raise KeyError
+    assert room.used == 0
+
+
+def test_large_pictures_are_not_kept_and_not_decoded_by_processes(
+    decoders: ProcessDecoders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [encoded(smooth(60, 50, seed)) for seed in range(3)] + [encoded(smooth(20, 20))]
+    expected = rewards.load("brightness").score(files)
+    monkeypatch.setattr(decoding, "LARGE", 3000)
+    assert torch.equal(rewards.load("brightness").score([*files, files[0]])[:4], expected)
+    large = load_picture(read_picture(files[0]), Wanted(rules={}, keep_image=True))
+    small = load_picture(read_picture(files[3]), Wanted(rules={}, keep_image=True))
+    assert large.image is None and large.again is not None and small.image is not None
+    wide = encoded(Image.new("1", (8000, 8000)))  # 8 kB
+    assert decoders.load([read_picture(wide)], Wanted(rules={"clip_tv:32": Preprocess("clip_tv", 32)})) == [None]
 
 
 def test_the_command(tmp_path: Path) -> None:

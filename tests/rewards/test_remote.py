@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
+import select
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,10 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mmalign import rewards
+from mmalign import rewards, serving
 from mmalign.errors import RewardError
 from mmalign.rewards.server import RewardServer
 from mmalign.rewards.wire import MAX_BODY
+from tests.rewards.test_odd_inputs import encoded
 
 
 @pytest.fixture
@@ -84,6 +89,70 @@ def test_limits(server: RewardServer) -> None:
     assert status == 200 and found["rewards"]["brightness"] == {
         "scores": [None], "errors": ["unsupported_format"], "truncated": [False],
     }  # fmt: skip
+
+
+def test_odd_bodies_and_prompts_do_no_harm(server: RewardServer) -> None:
+    assert ask(server, b"5\r\nhello\r\n0\r\n\r\n", {"Transfer-Encoding": "chunked"})[0] == 411
+    assert ask(server, b"{}", {"Content-Length": "2", "Transfer-Encoding": "chunked"})[0] == 411
+    for length in ("-1", "2e9", "0x10", "9" * 40, " ", "1,1"):
+        assert ask(server, b"{}", {"Content-Length": length})[0] in (411, 413)
+    assert ask(server, b"\xff\xfe{")[0] == 400
+    assert ask(server, b'{"images": [' + b"9" * 5000 + b'], "prompts": ["a"]}')[0] == 400
+    picture = base64.b64encode(encoded(Image.new("RGB", (9, 9)))).decode()
+    body = json.dumps({"images": [picture] * 3, "prompts": ["\ud800 half a pair", "<|endoftext|>", "x " * 5000]})
+    status, found = ask(server, body.encode())
+    one = found["rewards"]["tiny-clip"]
+    assert status == 200 and one["errors"] == ["bad_prompt", None, None] and one["scores"][0] is None
+    assert one["truncated"] == [False, False, True]
+
+
+def test_a_body_that_never_comes_to_its_end_loses_its_place(server: RewardServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "BODY_TIMEOUT", 0.2)
+    with socket.create_connection(server.server_address[:2], timeout=10) as slow:
+        slow.sendall(b"POST /v1/score HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n")
+        answer = b""
+        while not answer:
+            slow.sendall(b" ")
+            ready, _, _ = select.select([slow], [], [], 0.05)
+            answer = slow.recv(4096) if ready else b""
+    assert b" 408 " in answer.splitlines()[0]
+    assert ask(server, b"[]")[0] == 400  # and the next is served
+
+
+def test_no_more_clients_than_there_are_places(server: RewardServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_places", threading.BoundedSemaphore(2))
+    held = [socket.create_connection(server.server_address[:2], timeout=10) for _ in range(2)]
+    for one in held:  # a first byte, so that both have been let in
+        one.sendall(b"P")
+    time.sleep(0.2)
+    with socket.create_connection(server.server_address[:2], timeout=10) as third:
+        assert third.recv(10) == b""  # hung up on
+    for one in held:
+        one.close()
+    for _ in range(100):
+        try:
+            assert ask(server, b"[]")[0] == 400
+            break
+        except (http.client.HTTPException, ConnectionError):
+            time.sleep(0.05)
+    else:
+        pytest.fail("places are not given back")
+
+
+def test_a_reward_that_breaks_down_is_a_500_and_the_server_goes_on(
+    server: RewardServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    picture = base64.b64encode(encoded(Image.new("RGB", (9, 9)))).decode()
+    body = json.dumps({"images": [picture], "prompts": ["a"]}).encode()
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("secret place /srv/weights")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server.scorers, "score", broken)
+        status, found = ask(server, body)
+    assert status == 500 and "secret" not in str(found)
+    assert ask(server, body)[0] == 200
 
 
 def test_a_silent_server_ends_the_run(pictures: list[Image.Image]) -> None:
