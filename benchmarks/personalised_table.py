@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from personalised_runs import ARMS, MIXES, MODES
 
+from mmalign.report import words
+from mmalign.report.svg import ticks
 from mmalign.statistics import Interval, mean_interval
 from mmalign.world.people import Person, liking, people
 
@@ -285,8 +287,8 @@ def chart(
     head = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img"'
     parts = [f'<svg {head} aria-label="{escape(up)} over {escape(across)}"><style>{style}</style>']
     parts.append(f'<rect width="{width}" height="{height}" fill="#fff"/>')
-    for value in np.linspace(low, high, 5):
-        label = f"{value:.0%}" if percent else f"{value:+.1f}"
+    for value in ticks(low, high, 5):
+        label = f"{100 * value:g}%" if percent else f"{'+' if value > 0 else ''}{words.axis(value)}"
         parts.append(f'<line class="r" x1="{left}" x2="{width - right}" y1="{py(value):.1f}" y2="{py(value):.1f}"/>')
         parts.append(f'<text x="{left - 6}" y="{py(value) + 4:.1f}" text-anchor="end">{label}</text>')
     guide = 0.5 if percent else 0.0

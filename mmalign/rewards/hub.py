@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from mmalign.errors import RewardError
+from mmalign.errors import ModelError, RewardError
 from mmalign.rewards.table import LoadRequest
 
 DTYPES = {
@@ -64,3 +65,27 @@ def pick_dtype(dtype: str | None, device: str | None) -> torch.dtype:
     if dtype not in DTYPES:
         raise RewardError(f"dtype '{dtype}' is not one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def load_speaker(
+    what: str, source: str, reader: Any, model: Any, *, device: str | None, dtype: str | None, revision: str | None,
+    local_files_only: bool,
+) -> tuple[Any, Any]:  # fmt: skip
+    """A judge's processor or tokenizer and its model, ready to be asked; safetensors only.
+
+    Args:
+        what: the kind of model, for messages.
+        source: local folder or hub id.
+        reader, model: transformers' classes with `from_pretrained`.
+
+    Raises:
+        ModelError: either cannot be loaded.
+    """
+    options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only or Path(source).is_dir()}
+    try:
+        read = reader.from_pretrained(source, **options)
+        made = model.from_pretrained(source, dtype=pick_dtype(dtype, device), use_safetensors=True, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"cannot load the {what} '{source}': {first}") from error
+    return read, made.to(pick_device(device)).eval().requires_grad_(False)

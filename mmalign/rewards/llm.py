@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mmalign.errors import ModelError
-from mmalign.rewards.hub import pick_device, pick_dtype
+from mmalign.rewards.hub import load_speaker, pick_device
 from mmalign.rewards.vlm import Question
 
 
@@ -47,18 +46,12 @@ class LocalLlm:
 
         self.source = source
         self.device = pick_device(device)
-        options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only or Path(source).is_dir()}
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            self.model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=pick_dtype(dtype, device), use_safetensors=True, **options
-            )
-        except (OSError, ValueError, ImportError, KeyError) as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ModelError(f"cannot load the language model '{source}': {first}") from error
+        self.tokenizer, self.model = load_speaker(
+            "language model", source, AutoTokenizer, AutoModelForCausalLM, device=device, dtype=dtype, revision=revision,
+            local_files_only=local_files_only,
+        )  # fmt: skip
         if self.tokenizer.chat_template is None:
             raise ModelError(f"the language model '{source}' has no chat template, which turns a question into a prompt")
-        self.model.to(self.device).eval().requires_grad_(False)
 
     def reply(self, questions: Sequence[Question], *, max_tokens: int) -> list[str]:
         """Greedy replies; rows of equal length run together, so that no padding can change one."""

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from mmalign.errors import ModelError, RewardError
-from mmalign.rewards.hub import pick_device, pick_dtype
+from mmalign.errors import RewardError
+from mmalign.rewards.hub import load_speaker, pick_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,16 +40,10 @@ class LocalVlm:
 
         self.source = source
         self.device = pick_device(device)
-        options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only or Path(source).is_dir()}
-        try:
-            self.processor = AutoProcessor.from_pretrained(source, **options)
-            self.model = AutoModelForImageTextToText.from_pretrained(
-                source, dtype=pick_dtype(dtype, device), use_safetensors=True, **options
-            )
-        except (OSError, ValueError, ImportError, KeyError) as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ModelError(f"cannot load the vision-language model '{source}': {first}") from error
-        self.model.to(self.device).eval().requires_grad_(False)
+        self.processor, self.model = load_speaker(
+            "vision-language model", source, AutoProcessor, AutoModelForImageTextToText, device=device, dtype=dtype,
+            revision=revision, local_files_only=local_files_only,
+        )  # fmt: skip
         self.tokenizer = self.processor.tokenizer
 
     def answer_ids(self, answer: str) -> list[int]:
