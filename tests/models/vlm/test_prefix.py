@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmalign.branches import BranchBatch, BranchRecord
 from mmalign.errors import ModelError
+from mmalign.models.adapters import attach_lora
 from mmalign.models.vlm.base import VlmFamily
 from tests.fixtures.tiny_vlm import VARIANTS, clip, load, picture, record
 
@@ -151,6 +152,44 @@ def test_gradient_checkpointing_changes_nothing(tiny_vlm_family: Loaded, tiny_vl
         again, slope_again = gradients(other, batch, prefix=prefix)
         assert torch.allclose(values, again, rtol=1e-6)
         assert (slope - slope_again).norm() <= 1e-6 * slope.norm()
+
+
+FOUR = ["llava", "qwen2_5_vl", "smolvlm", "internvl"]
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_answers_of_one_token(name: str, tiny_vlm_folder: Callable[[str], Path]) -> None:
+    """Cut to their first token, both answers are read from the prompt's last state alone: one row, one batch of one."""
+    family = load(name, tiny_vlm_folder(name), max_answer=1)
+    item = record("a", media=[picture(1), picture(2, (96, 40))], answers=("yes", "no"))
+    example = family.encode(item)
+    assert [len(ids) for ids in example.rows[0].branches] == [1, 1]
+    batch = family.collate([example])
+    shared, shared_slope = gradients(family, batch, prefix="shared")
+    plain, plain_slope = gradients(family, batch, prefix="plain")
+    assert torch.allclose(shared, plain, rtol=1e-5, atol=1e-5)
+    assert (shared_slope - plain_slope).norm() <= 1e-5 * plain_slope.norm()
+    assert shared.tolist() == pytest.approx(naive(family, item), rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_adapters_under_checkpointing_in_shared_rows_equal_plain_rows_without(
+    name: str, tiny_vlm_folder: Callable[[str], Path]
+) -> None:
+    found = []
+    for prefix, again in (("shared", True), ("plain", False)):
+        family = load(name, tiny_vlm_folder(name), gradient_checkpointing=again)
+        policy = attach_lora(family.network, rank=2, alpha=4, targets=family.lora_targets["language"], seed=0).train()
+        trained = [value for value in policy.parameters() if value.requires_grad]
+        with torch.no_grad():
+            for number, value in enumerate(trained):
+                value += 0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(number))
+        sums = family.log_probs(policy, batch_of(family, "image"), prefix=prefix).sum  # type: ignore[arg-type]
+        (sums * torch.linspace(-1.0, 1.5, len(sums))).sum().backward()
+        found.append((sums.detach(), torch.cat([value.grad.flatten() for value in trained if value.grad is not None])))
+    (one, slope), (other, other_slope) = found
+    assert torch.allclose(one, other, rtol=1e-5, atol=1e-5) and len(slope) == len(other_slope) > 0
+    assert (slope - other_slope).norm() <= 1e-5 * other_slope.norm()
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
