@@ -31,7 +31,7 @@ COMPUTED = ("phi", "ranks", "soft_label", "disagreement")
 class AnnotateReport:
     """What came of a run."""
 
-    path: Path
+    path: Path | str
     rows: int
     pictures: int
     failed: int
@@ -44,7 +44,7 @@ class AnnotateReport:
         for name, numbers in self.rewards.items():
             lines.append(f"  {name}: low {numbers['low']:.6g}, mean {numbers['mean']:.6g}, high {numbers['high']:.6g}")
         if self.failed:
-            lines.append(f"  {self.failed} scores are missing; see {self.path / 'annotate' / 'failed.jsonl'}")
+            lines.append(f"  {self.failed} scores are missing; see {self.path}/annotate/failed.jsonl")
         return "\n".join(lines)
 
 

@@ -79,7 +79,7 @@ class GenerateConfig(Section):
 class GenerateReport:
     """What came of a run."""
 
-    path: Path | None
+    path: Path | str | None
     """The finished table; None while other shards have parts to make."""
     prompts: int
     pictures: int
@@ -127,7 +127,7 @@ def generate(
     if not 0 <= shard[0] < shard[1]:
         raise ConfigError(f"--shard: {shard[0]}/{shard[1]} does not exist; shards are counted from 0")
     if shard[1] > 1 and _is_made(config):
-        return GenerateReport(path=Path(config.out), prompts=0, pictures=0, missing=0)
+        return GenerateReport(path=config.out, prompts=0, pictures=0, missing=0)
     maker = Maker(config)
     missing = maker.folder.missing(shard)
     if engine != "local":
@@ -181,7 +181,10 @@ class Maker:
 def _is_made(config: GenerateConfig) -> bool:
     """Whether other shards have finished the table of exactly these settings."""
     from mmalign.config import dump_yaml
+    from mmalign.data.remote import address, is_remote, text_at
 
+    if is_remote(config.out):
+        return text_at(f"{address(config.out)}/generate.yaml") == dump_yaml(config)
     note = Path(config.out) / "generate.yaml"
     return note.exists() and note.read_text(encoding="utf-8") == dump_yaml(config)
 
@@ -271,13 +274,14 @@ def _stage_schema() -> Any:
     return pa.schema(list(zip(SCHEMA_FIELDS, kinds, strict=True)))
 
 
-def _assemble(config: GenerateConfig, stage: PartFolder, prompts: Sequence[str], chunks: int) -> Path:
+def _assemble(config: GenerateConfig, stage: PartFolder, prompts: Sequence[str], chunks: int) -> Path | str:
     """Join the models' pictures of each prompt into one list, and name the table."""
     from mmalign.config import dump_yaml
     from mmalign.data.partfolder import PartFolder
     from mmalign.data.schema import ranked_schema
 
-    out, made = Path(config.out), stage.building / "table"
+    stage.fetch()
+    out, made = stage.out, stage.building / "table"
     try:
         if not made.exists():
             table = PartFolder(made, {"of": stage.building.name}, chunks)
@@ -286,15 +290,15 @@ def _assemble(config: GenerateConfig, stage: PartFolder, prompts: Sequence[str],
                 lists = [_list(config, prompts, rows) for rows in zip(*by_model, strict=True)]
                 table.write(chunk, lists, ranked_schema())
             table.finish({"generate.yaml": dump_yaml(config)})
-        if out.exists():
-            out.rmdir()
+        stage.clear()
         made.rename(out)
     except (OSError, DataError) as error:
         if any(out.glob("part-*.parquet")):  # another shard found all parts done at the same moment
             return out
         raise DataError(f"{out}: cannot be written: {error}") from error
+    where = stage.deliver()
     stage.discard()
-    return out
+    return where
 
 
 def _list(config: GenerateConfig, prompts: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -34,7 +34,6 @@ def generate(
     on machines that share the folder; the last one to finish writes the table.
     """
     from mmalign.data.jobs import shard_of
-    from mmalign.errors import ConfigError
     from mmalign.sampling.settings import asks_for_answers
 
     part, settings = shard_of(shard), overrides or []
@@ -42,9 +41,7 @@ def generate(
         from mmalign.sampling.job import sample_answers
         from mmalign.sampling.settings import load_sampling
 
-        if engine != "local":
-            raise ConfigError(f"--engine {engine}: answers are sampled in shards; start several processes with --shard I/N")
-        report = sample_answers(load_sampling(config, settings), shard=part)
+        report = sample_answers(load_sampling(config, settings), shard=part, engine=engine, workers=workers, gpus=gpus)
         typer.echo(str(report))
         return (2 if strict else ROWS_FAILED) if report.failed else 0
     from mmalign.generate import generate as run

@@ -17,8 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmalign.data.files import atomic_file, canonical_hash, write_json, write_text
+from mmalign.data.remote import RECORD, address, is_remote, mirror, mirror_folder, names_at, publish, remove, text_at
 from mmalign.errors import DataError
 
+JOB: Final = "job.json"
 DONE: Final = "job.done.json"
 
 
@@ -26,7 +28,7 @@ class PartFolder:
     """Parts on their way to a table.
 
     Args:
-        out: the table's folder; it must not exist, or be empty.
+        out: the table's folder, or its address in a store; nothing must be there, or an empty folder.
         job: everything the rows depend on, as plain JSON values. Parts of another job are never mixed in.
         parts: how many there will be.
         shared: several processes make the parts, so that this one may come when the others are done; `done` then says so.
@@ -36,30 +38,73 @@ class PartFolder:
     """
 
     def __init__(self, out: str | Path, job: Mapping[str, Any], parts: int, *, shared: bool = False) -> None:
-        self.out, self.parts = Path(out), parts
+        self.parts = parts
+        self.store = address(out).rstrip("/") if is_remote(out) else None
+        """Where the table goes, when that is an address; parts then meet in a folder beside it there."""
+        self.out = Path(out) if self.store is None else mirror_folder(self.store)
+        self._meeting = "" if self.store is None else "/".join((self.store.rpartition("/")[0], f".{self.out.name}.building"))
         fingerprint = canonical_hash({"job": dict(job), "parts": parts})
-        self.done = shared and self._finished(fingerprint)
+        finished = self._finished(fingerprint)
+        self.done = shared and finished
         """Whether others have finished the table."""
-        self.building = self.out.with_name(f".{self.out.name}.building")
+        self.building = self.out.with_name(f".{self.out.name}.building") if self.store is None else mirror_folder(self._meeting)
         if self.done:
             return
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise DataError(f"{self.out}: already exists; remove it or choose another name")
-        note = self.building / "job.json"
-        if note.exists():
-            before = json.loads(note.read_text(encoding="utf-8"))
+        before = self._before()
+        if self._taken(before is not None and not finished):
+            raise DataError(f"{self.place}: already exists; remove it or choose another name")
+        if before is not None:
             if before.get("fingerprint") != fingerprint:
                 raise DataError(
-                    f"{self.building}: holds parts of other settings or another input; finish those, or remove the folder"
+                    f"{self._meeting or self.building}: holds parts of other settings or another input; finish those, or remove"
+                    " the folder"
                 )
+            return
+        if self.store is not None:  # what is left here of a job that is no longer there
+            shutil.rmtree(self.building, ignore_errors=True)
+        write_json(self.building / JOB, {"fingerprint": fingerprint, "job": dict(job), "parts": parts})
+        self._send()
+
+    @property
+    def place(self) -> str:
+        """Where the table will be, for people."""
+        return self.store or str(self.out)
+
+    @property
+    def table(self) -> Path | str:
+        """The finished table: its folder, or its address."""
+        return self.store or self.out
+
+    def _before(self) -> dict[str, Any] | None:
+        """The job that parts which are there belong to."""
+        if self.store is not None:
+            text = text_at(f"{self._meeting}/{JOB}")
         else:
-            write_json(note, {"fingerprint": fingerprint, "job": dict(job), "parts": parts})
+            note = self.building / JOB
+            text = note.read_text(encoding="utf-8") if note.exists() else None
+        return None if text is None else dict(json.loads(text))
+
+    def _taken(self, mine: bool) -> bool:
+        """Whether something else is where the table goes; a table of this job that was sent in part is not."""
+        if self.store is not None:
+            return not mine and bool(names_at(self.store))
+        return self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir()))
 
     def _finished(self, fingerprint: str) -> bool:
         try:
-            return bool(json.loads((self.out / DONE).read_text(encoding="utf-8"))["fingerprint"] == fingerprint)
+            text = text_at(f"{self.store}/{DONE}") if self.store else (self.out / DONE).read_text(encoding="utf-8")
+            return text is not None and bool(json.loads(text)["fingerprint"] == fingerprint)
         except (OSError, ValueError, KeyError, TypeError):
             return False
+
+    def _send(self) -> None:
+        if self.store is not None:
+            publish(self.building, self._meeting)
+
+    def fetch(self) -> None:
+        """Bring all parts to `building`, where they are in a store."""
+        if self.store is not None:
+            mirror(self._meeting)
 
     @contextmanager
     def finishing(self) -> Iterator[bool]:
@@ -67,6 +112,7 @@ class PartFolder:
         from filelock import FileLock
 
         lock = self.out.with_name(f".{self.out.name}.lock")
+        lock.parent.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(lock):
                 # Whoever finished has renamed the folder, so that there all parts are missing again.
@@ -82,6 +128,9 @@ class PartFolder:
         index, count = shard
         if self.done:
             return []
+        if self.store is not None:
+            there = names_at(self._meeting)
+            return [number for number in range(index, self.parts, count) if self.file(number).name not in there]
         return [number for number in range(index, self.parts, count) if not self.file(number).exists()]
 
     def write(
@@ -91,9 +140,11 @@ class PartFolder:
         write_text(self._notes(number), "".join(json.dumps(dict(note), ensure_ascii=False) + "\n" for note in notes))
         with atomic_file(self.file(number)) as handle:
             pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), handle, row_group_size=128)
+        self._send()
 
     def notes(self) -> list[dict[str, Any]]:
         """The notes of all parts, in order."""
+        self.fetch()
         found = []
         for number in range(self.parts):
             path = self._notes(number)
@@ -106,30 +157,56 @@ class PartFolder:
         rows: list[dict[str, Any]] = pq.read_table(self.file(number), columns=columns).to_pylist()
         return rows
 
-    def finish(self, extra: Mapping[str, str]) -> Path:
-        """Give the folder its name. `extra`: further text files by relative name.
+    def finish(self, extra: Mapping[str, str]) -> Path | str:
+        """Give the folder its name, or send it to its address; returns either. `extra`: further text files by relative name.
 
         Raises:
             DataError: parts are missing, or the folder cannot be renamed.
         """
         if self.missing():
             raise DataError(f"{self.building}: {len(self.missing())} of {self.parts} parts are missing")
+        self.fetch()
         for name, text in extra.items():
             write_text(self.building / name, text)
         for number in range(self.parts):
             self._notes(number).unlink(missing_ok=True)
         try:
-            (self.building / "job.json").replace(self.building / DONE)
-            if self.out.exists():
-                self.out.rmdir()
+            (self.building / JOB).replace(self.building / DONE)
+            self.clear()
             self.building.rename(self.out)
         except OSError as error:
             raise DataError(f"{self.out}: cannot be written: {error}") from error
-        return self.out
+        return self.deliver()
+
+    def clear(self) -> None:
+        """Make room for the table: an empty folder is removed, and for an address whatever this machine has kept of it."""
+        if self.store is not None:
+            shutil.rmtree(self.out, ignore_errors=True)
+            (self.building / RECORD).unlink(missing_ok=True)  # what was fetched as parts is to be sent as a table
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+        elif self.out.exists():
+            self.out.rmdir()
+
+    def deliver(self) -> Path | str:
+        """Send the named folder to its address, where there is one, and remove the parts there; returns where the table is."""
+        if self.store is None:
+            return self.out
+        done = self.out / DONE
+        held = done.with_name(f".{DONE}")
+        if done.exists():
+            done.replace(held)  # hidden files stay: what says that the table is whole is sent last
+        publish(self.out, self.store)
+        if held.exists():
+            held.replace(done)
+            publish(self.out, self.store)
+        remove(self._meeting, "")
+        return self.store
 
     def discard(self) -> None:
         """Remove all parts."""
         shutil.rmtree(self.building, ignore_errors=True)
+        if self.store is not None:
+            remove(self._meeting, "")
 
     def _notes(self, number: int) -> Path:
         return self.building / f"part-{number:05d}.notes.jsonl"

@@ -129,10 +129,14 @@ def publish(folder: Path, path: str | Path, *, only: Sequence[str] = (), progres
 
 
 def remove(path: str | Path, below: str) -> None:
-    """Remove what jobs of ours left at an address below a name, e.g. ``check/parts-``. Nothing else is touched."""
+    """Remove what jobs of ours left at an address below a name, e.g. ``check/parts-``; with '' all of it. Nothing else goes."""
     url = address(path).rstrip("/")
     fs, root = _store(url)
     with _named(url):
+        if not below:
+            if fs.exists(root):
+                fs.rm(root, recursive=True)
+            return
         for name in fs.find(root):
             if _relative(root, name).startswith(below):
                 fs.rm(name)
@@ -144,6 +148,36 @@ def exists(path: str | Path) -> bool:
     with _named(address(path)):
         fs.invalidate_cache()
         return bool(fs.exists(root))
+
+
+def names_at(path: str | Path) -> set[str]:
+    """Names of all files below an address, relative to it; none where nothing is there."""
+    url = address(path).rstrip("/")
+    fs, root = _store(url)
+    fs.invalidate_cache()
+    try:
+        return {_relative(root, name) for name in fs.find(root)}
+    except FileNotFoundError:
+        return set()
+    except Exception as error:  # every store has errors of its own
+        raise DataError(f"{url}: {type(error).__name__}: {error}") from error
+
+
+def text_at(path: str | Path) -> str | None:
+    """The text of one file at an address; None where it is not there.
+
+    Raises:
+        DataError: the store cannot be read.
+    """
+    url = address(path)
+    fs, root = _store(url)
+    fs.invalidate_cache()
+    try:
+        return bytes(fs.cat_file(root)).decode()
+    except FileNotFoundError:
+        return None
+    except Exception as error:
+        raise DataError(f"{url}: {type(error).__name__}: {error}") from error
 
 
 @contextmanager

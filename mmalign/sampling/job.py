@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from mmalign.branches import BranchRecord
+    from mmalign.data.engines import Engine
     from mmalign.data.partfolder import PartFolder
     from mmalign.data.vlm import VlmTable
     from mmalign.models.vlm.base import VlmFamily
@@ -29,7 +31,7 @@ row came from. Loads with `mmalign.data.open_vlm(<this folder>)`. `refused.jsonl
 class SamplingReport:
     """What came of a run."""
 
-    path: Path | None
+    path: Path | str | None
     """The finished table; None while other shards have parts to make."""
     rows: int
     """Rows of the table that was read."""
@@ -59,53 +61,84 @@ class SamplingReport:
         lines = [f"{self.path}: {self.made} rows made from {self.rows}"]
         lines.append(reasons_table(self.refused, total=self.rows, used=self.used))
         if self.refused:
-            lines.append(f"  listed in {self.path / 'refused.jsonl'}")
+            lines.append(f"  listed in {self.path}/refused.jsonl")
         width = max(map(len, self.figures), default=0)
         return "\n".join([*lines, *(f"  {name:<{width}}  {value:g}" for name, value in self.figures.items())])
 
 
-def sample_answers(config: SamplingConfig, *, shard: tuple[int, int] = (0, 1), progress: bool = True) -> SamplingReport:
+def sample_answers(
+    config: SamplingConfig, *, shard: tuple[int, int] = (0, 1), engine: Engine = "local", workers: int | None = None,
+    gpus: float | None = None, progress: bool = True,
+) -> SamplingReport:  # fmt: skip
     """Make the answers that are not there yet; the process that finds all parts done gives the table its name.
 
     Args:
         shard: (i, n): make every n-th part from the i-th on. Shards may run at once, on machines that share the folder.
+        engine: ``processes`` or ``ray`` have the parts made by others, which must see the same folder; the rows are the same.
+        workers, gpus: as of ``mmalign.data.engines.each_part``.
 
     Raises:
         ConfigError: a shard that does not exist, or no CUDA device where one was asked for.
         DataError: the table cannot be read, no row gave anything, or `out` is taken or holds parts of other settings.
         ModelError: the model cannot be loaded.
+        MissingExtraError: Ray is not installed.
     """
-    from mmalign.data.partfolder import PartFolder
+    from mmalign.data.engines import each_part
     from mmalign.data.progress import progress_bar
-    from mmalign.data.schema import sampled_schema
-    from mmalign.data.vlm import open_vlm
 
     if not 0 <= shard[0] < shard[1]:
         raise ConfigError(f"--shard: {shard[0]}/{shard[1]} does not exist; shards are counted from 0")
-    table = open_vlm(config.manifest, progress=progress)
-    count = len(table) if config.max_rows is None else min(len(table), config.max_rows)
-    if not count:
-        raise DataError(f"{config.manifest}: no rows")
-    family = _load(config)
-    sampler = _sampler(config, family)
-    network = str(family.fingerprint("network")["weights"])
-    job = {**config.model_dump(mode="json", exclude={"out", "device", "batch_size", "manifest"}), "table": table.fingerprint,
-           "network": network}  # fmt: skip
-    folder = PartFolder(config.out, job, -(-count // config.rows_per_part))
-    schema = sampled_schema(sampler.MAKES, sampler.score_names())
-    provenance = {"sampler": config.sampler.model_dump(mode="json"), "model": Path(config.model.path).name,  # type: ignore[attr-defined]
-                  "network": network, "seed": config.seed, "temperature": config.temperature, "top_p": config.top_p,
-                  "repetition_penalty": config.repetition_penalty, "generator": config.generator}  # fmt: skip
-    made, missing = 0, folder.missing(shard)
-    with progress_bar("Answering", sum(len(_rows(config, count, number)) for number in missing), enabled=progress) as advance:
-        for number in missing:
-            rows = _rows(config, count, number)
-            made += _part(folder, number, sampler, table, rows, schema, provenance)
-            advance(len(rows))
-    left = len(folder.missing())
+    maker = AnswerMaker(config, progress=progress)
+    missing = maker.folder.missing(shard)
+    if engine != "local":
+        maker.family.network.to("cpu")  # the workers need its room
+        made = sum(each_part(partial(AnswerMaker, config), missing, engine=engine, workers=workers, gpus=gpus,
+                             title="Answering", progress=progress))  # fmt: skip
+    else:
+        made = 0
+        with progress_bar("Answering", sum(len(maker.rows(number)) for number in missing), enabled=progress) as advance:
+            for number in missing:
+                made += maker(number)
+                advance(len(maker.rows(number)))
+    left = len(maker.folder.missing())
     if left:
-        return SamplingReport(path=None, rows=count, made=made, missing=left)
-    return _finish(config, folder, sampler, count)
+        return SamplingReport(path=None, rows=maker.count, made=made, missing=left)
+    return _finish(config, maker.folder, maker.sampler, maker.count)
+
+
+class AnswerMaker:
+    """Makes parts of a table of answers: opens the table and loads the model once."""
+
+    def __init__(self, config: SamplingConfig, *, progress: bool = False) -> None:
+        from mmalign.data.partfolder import PartFolder
+        from mmalign.data.schema import sampled_schema
+        from mmalign.data.vlm import open_vlm
+
+        self.config = config
+        self.table = open_vlm(config.manifest, progress=progress)
+        self.count = len(self.table) if config.max_rows is None else min(len(self.table), config.max_rows)
+        if not self.count:
+            raise DataError(f"{config.manifest}: no rows")
+        self.family = _load(config)
+        self.sampler = _sampler(config, self.family)
+        network = str(self.family.fingerprint("network")["weights"])
+        job = {**config.model_dump(mode="json", exclude={"out", "device", "batch_size", "manifest"}),
+               "table": self.table.fingerprint, "network": network}  # fmt: skip
+        self.folder = PartFolder(config.out, job, -(-self.count // config.rows_per_part))
+        self._schema = sampled_schema(self.sampler.MAKES, self.sampler.score_names())
+        self._provenance = {
+            "sampler": config.sampler.model_dump(mode="json"), "model": Path(config.model.path).name,  # type: ignore[attr-defined]
+            "network": network, "seed": config.seed, "temperature": config.temperature, "top_p": config.top_p,
+            "repetition_penalty": config.repetition_penalty, "generator": config.generator,
+        }  # fmt: skip
+
+    def rows(self, number: int) -> range:
+        """Rows of a part."""
+        return _rows(self.config, self.count, number)
+
+    def __call__(self, number: int) -> int:
+        """Make one part; returns the number of rows it holds."""
+        return _part(self.folder, number, self.sampler, self.table, self.rows(number), self._schema, self._provenance)
 
 
 def _rows(config: SamplingConfig, count: int, number: int) -> range:

@@ -30,7 +30,7 @@ UNREADABLE = "unreadable_row"
 class JudgedReport:
     """What came of a run."""
 
-    path: Path
+    path: Path | str
     rows: int
     answers: int
     unreadable: int
@@ -55,7 +55,7 @@ class JudgedReport:
         if self.unreadable:
             lines.append(f"  {self.unreadable} rows could not be read and are left out")
         if self.failed:
-            lines.append(f"  listed in {self.path / 'annotate' / 'failed.jsonl'}")
+            lines.append(f"  listed in {self.path}/annotate/failed.jsonl")
         if self.replies is not None:
             lines.append(f"  replies are kept in {self.replies}")
         return "\n".join(lines)

@@ -95,6 +95,20 @@ def test_shards_and_interruptions_change_nothing(questions: Path, tmp_path: Path
     assert rows_of(tmp_path / "cut" / "out") == rows_of(tmp_path / "whole" / "out")
 
 
+def test_other_processes_and_a_store_change_nothing(
+    questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample_answers(settings(tmp_path / "whole", questions), progress=False)
+    monkeypatch.setenv("MMALIGN_CACHE", str(tmp_path / "first"))
+    out = f"file://{tmp_path}/bucket/answers"
+    report = sample_answers(settings(tmp_path / "there", questions, f"out={out}"), engine="processes", workers=1, progress=False)
+    assert (report.made, report.missing, report.path) == (5, 0, out)
+    monkeypatch.setenv("MMALIGN_CACHE", str(tmp_path / "second"))
+    assert rows_of(tmp_path / "bucket" / "answers") == rows_of(tmp_path / "whole" / "out")
+    assert open_vlm(out)[4].answers == open_vlm(tmp_path / "whole" / "out")[4].answers
+    assert [path.name for path in (tmp_path / "bucket").iterdir()] == ["answers"]
+
+
 def test_parts_of_other_settings_or_another_table_are_not_mixed_in(questions: Path, tmp_path: Path) -> None:
     config = settings(tmp_path, questions)
     sample_answers(config, shard=(0, 2), progress=False)
