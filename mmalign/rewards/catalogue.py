@@ -124,6 +124,14 @@ def _register_judges() -> None:
         name="vqascore", summary="P(Yes) of any vision-language model: vqascore:<model>", nominal_range="(0, 1)",
         formula="P('Yes' | picture, question)", comparable_across_prompts=True, cite="arXiv:2404.01291",
         notes="The generic form; scores of different models are different rewards."))  # fmt: skip
+    for size, millions in (("xl", 3154), ("xxl", 11440)):
+        name = f"vqascore-flant5-{size}"
+        register_scorer(name, "mmalign.rewards.clip_flant5:clip_flant5", card=Card(
+            name=name, summary=f"VQAScore with its own network, CLIP-FlanT5 {size.upper()}", nominal_range="(0, 1)",
+            formula="sqrt(P('Yes') P(end | 'Yes')) after the question", weights=f"zhiqiulin/clip-flant5-{size}",
+            weights_licence="Apache-2.0", backbone="CLIP ViT-L/14-336 and Flan-T5", parameters_millions=millions,
+            max_text_tokens=2048, preprocess="llava_pad336", comparable_across_prompts=True, cite="arXiv:2404.01291",
+            notes="Needs transformers, and Flan-T5's tokenizer beside the weights (or tokenizer=)."))  # fmt: skip
     register_scorer("judge", "mmalign.rewards.judge:judge", card=Card(
         name="judge", summary="rating by any vision-language model: judge:<model>", nominal_range="[1, 5]",
         formula="mean rating under the model's probabilities of the rating tokens", cite="arXiv:2503.05236",
@@ -142,10 +150,6 @@ def _register_unavailable() -> None:
         ("hpsv3", "human preference score v3 (Qwen2-VL)", "arXiv:2508.03789",
          "its reference forward gives the language model other positions than transformers does, and without its weights "
          "no implementation could be checked against a published score"),
-        ("vqascore-flant5-xl", "VQAScore with CLIP-FlanT5 XL", "arXiv:2404.01291",
-         "its network is not part of transformers and could not be checked without its weights; use vqascore:<model>"),
-        ("vqascore-flant5-xxl", "VQAScore with CLIP-FlanT5 XXL", "arXiv:2404.01291",
-         "its network is not part of transformers and could not be checked without its weights; use vqascore:<model>"),
         ("visionreward-image", "VisionReward checklist", "arXiv:2412.21059",
          "its questions and weights could not be checked without the model"),
     ):  # fmt: skip

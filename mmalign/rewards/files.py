@@ -95,8 +95,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def load_strictly(module: torch.nn.Module, state: Mapping[str, Tensor], source: Path | str) -> None:
-    """Fill a module; every name and shape must fit.
+def load_strictly(
+    module: torch.nn.Module, state: Mapping[str, Tensor], source: Path | str, *, assign: bool = False
+) -> None:
+    """Fill a module; every name and shape must fit. `assign` takes the tensors themselves, for a module without memory.
 
     Raises:
         ModelError: missing or unexpected names, or shapes that differ, all listed.
@@ -114,7 +116,7 @@ def load_strictly(module: torch.nn.Module, state: Mapping[str, Tensor], source: 
     problems += [f"shapes: {_some(shapes)}"] if shapes else []
     if problems:
         raise ModelError(f"{source} does not fit the network; " + "; ".join(problems))
-    module.load_state_dict(dict(state))
+    module.load_state_dict(dict(state), assign=assign)
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

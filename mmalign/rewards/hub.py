@@ -17,8 +17,8 @@ DTYPES = {
 }  # fmt: skip
 
 
-def local_weights(request: LoadRequest) -> Path:
-    """The folder or file with the weights, fetched if need be.
+def local_weights(request: LoadRequest, *, more: tuple[str, ...] = ()) -> Path:
+    """The folder or file with the weights, fetched if need be; `more` patterns of files of a folder besides the usual ones.
 
     Raises:
         RewardError: the path does not exist, or the hub could not be reached; with what to do.
@@ -37,7 +37,7 @@ def local_weights(request: LoadRequest) -> Path:
     try:
         if card.weights_file:
             return Path(hf_hub_download(card.weights, card.weights_file, revision=revision, local_files_only=offline))
-        patterns = ["*.json", "*.safetensors", "*.txt"]
+        patterns = ["*.json", "*.safetensors", "*.txt", *more]
         return Path(
             snapshot_download(card.weights, revision=revision, local_files_only=offline, allow_patterns=patterns)
         )
