@@ -120,7 +120,7 @@ def test_scores_are_those_of_the_parts(release: tuple[Path, Tensor], pictures: l
     scorer = rewards.load(NAME, folder, "cpu", "fp32", tower=folder / "tower")
     found = scorer.score(pictures, PROMPTS, details=True)
     torch.testing.assert_close(found.values, expected, atol=0, rtol=1e-4)
-    assert found.values.min() > 0 and found.values.max() < 1 and found.values.std() > 1e-3
+    assert found.values.min() > 0 and found.values.max() < 1 and found.values.std() > 2e-4
     assert found.truncated.tolist() == [False, False, False, False, True]
     for size in (1, 2):
         torch.testing.assert_close(scorer.score(pictures, PROMPTS, batch_size=size), found.values, atol=1e-6, rtol=0)
