@@ -85,7 +85,7 @@ class Limits:
     """What is too large to decode. A compressed file of a few kilobytes can claim gigabytes of pixels."""
 
     max_pixels: int = 120_000_000
-    max_side: int = 16_384
+    max_side: int = 65_535
     """Pixels."""
     max_bytes: int = 512 * 1024 * 1024
     """Size of the encoded file."""

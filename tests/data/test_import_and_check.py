@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import ImageFile
+from PIL import Image, ImageFile
 
 from mmalign.data import check_table, import_table, open_table, usable_rows
 from mmalign.data.check import CheckPolicy
 from mmalign.errors import ConfigError, DataError
-from tests.data.making import make_jsonl, make_pairs, pickapic_cases, picture, write_pickapic
+from tests.data.making import Case, make_jsonl, make_pairs, pickapic_cases, picture, write_pickapic
 
 LENIENT = CheckPolicy(max_bad_fraction=1.0)
 AT_IMPORT = ("no_label", "contradictory_label", "label_out_of_range")
@@ -306,3 +309,75 @@ def test_a_report_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"check.*cannot be written"):
         check_table(folder, progress=False)
     assert (folder / "check").read_text() == "in the way"
+
+
+def encoded(kind: str, size: tuple[int, int], mode: str = "RGB", **settings: Any) -> bytes:
+    noise = np.random.default_rng(1).integers(0, 256, (*size, 4), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).convert(mode).save(buffer, kind, **settings)
+    return buffer.getvalue()
+
+
+def turned(orientation: int) -> Any:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def spoilt(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 255]) + data[place + 1 :]
+
+
+SIXTEEN = io.BytesIO()
+Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100).save(SIXTEEN, "PNG")
+ODD: dict[str, tuple[str, dict[str, Any]]] = {
+    "turned": ("keep", {"jpg_0": encoded("JPEG", (20, 30), exif=turned(6))}),
+    "clear": ("keep", {"jpg_0": encoded("PNG", (20, 30), "RGBA")}),
+    "palette": ("keep", {"jpg_1": encoded("PNG", (20, 30), "P", transparency=0)}),
+    "sixteen bits": ("keep", {"jpg_1": SIXTEEN.getvalue()}),
+    "inks": ("keep", {"jpg_0": encoded("JPEG", (20, 30), "CMYK")}),
+    "one pixel": ("keep", {"jpg_0": encoded("PNG", (1, 1))}),
+    "moving": ("keep", {"jpg_0": encoded("GIF", (20, 30))}),
+    "junk behind": ("keep", {"jpg_0": encoded("JPEG", (64, 64)) + b"junk" * 9}),
+    "a long strip": ("aspect_ratio", {"jpg_0": encoded("PNG", (10, 30_000))}),
+    "two bytes short": ("truncated_image", {"jpg_0": encoded("JPEG", (64, 64))[:-2]}),
+    "progressive, cut": ("truncated_image", {"jpg_1": encoded("JPEG", (64, 64), progressive=True)[:-300]}),
+    "webp, cut": ("truncated_image", {"jpg_0": encoded("WEBP", (64, 64))[:-60]}),
+    "a wrong checksum": ("undecodable_image", {"jpg_0": spoilt(encoded("PNG", (64, 64)), 60)}),
+    "both are bad": ("empty_image", {"jpg_0": b"", "jpg_1": b"x"}),
+    "a tie that is bad": ("truncated_image", {"label_0": 0.5, "label_1": 0.5, "jpg_1": picture(7)[:-50]}),
+    "unjudged and bad": ("no_label", {"has_label": False, "jpg_0": b""}),
+    "half judged": ("label_out_of_range", {"label_1": None}),
+    "endless": ("label_out_of_range", {"label_0": float("inf")}),
+    "too much": ("contradictory_label", {"label_1": 0.5}),
+    "leaning": ("keep", {"label_0": 0.7, "label_1": 0.3}),
+    "wide spaces": ("empty_prompt", {"caption": "\u00a0\u2003\n"}),
+    "a zero byte": ("keep", {"caption": "a\x00b"}),
+    "a novel": ("keep", {"caption": "word " * 20_000}),
+    "without names": ("keep", {"image_0_uid": None, "image_1_uid": None}),
+}
+
+
+def test_odd_pictures_and_labels(tmp_path: Path) -> None:
+    """Each alone in its row: what can be shown is kept, what cannot has its one reason."""
+    base = pickapic_cases()[0].row
+    cases = [
+        Case(name=name, expected=expected, row={**base, "caption": name, "ranking_id": number, "jpg_0": picture(50 + number),
+                                                "jpg_1": picture(150 + number), **change})
+        for number, (name, (expected, change)) in enumerate(ODD.items())
+    ]  # fmt: skip
+    import_table(write_pickapic(tmp_path / "source.parquet", cases), tmp_path / "table", progress=False)
+    lines = (tmp_path / "table" / "import" / "quarantine.jsonl").read_text().splitlines()
+    found = {json.loads(line)["row"]: json.loads(line)["reason"] for line in lines}
+    reached = [number for number in range(len(cases)) if number not in found]
+    found |= dict(zip(reached, outcomes(tmp_path / "table", LENIENT, workers=2).values(), strict=True))
+    assert {cases[number].name: reason for number, reason in found.items()} == {case.name: case.expected for case in cases}
+
+
+def test_refused_files_are_told_by_their_first_bytes(imported: Path) -> None:
+    check_table(imported, policy=LENIENT, progress=False)
+    listed = {entry["reason"]: entry for entry in pq.read_table(imported / "check" / "quarantine.parquet").to_pylist()}
+    page = [case.row["jpg_0"] for case in pickapic_cases() if case.name == "noise"][0]
+    assert listed["unsupported_format"]["head"] == hashlib.sha256(page[:64]).hexdigest()
+    assert listed["empty_image"]["head"] == hashlib.sha256(b"").hexdigest()
+    assert listed["missing_image"]["head"] == listed["empty_prompt"]["head"] == ""

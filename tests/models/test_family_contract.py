@@ -304,6 +304,29 @@ def test_the_fingerprint_names_everything_that_fills_a_cache(
     )
 
 
+def test_the_whole_tokenizer_counts_and_its_use_does_not(tiny_folder: Folders) -> None:
+    """Another vocabulary is not the only way in which a text becomes other tokens."""
+    from tokenizers import normalizers
+
+    def text(family: Any) -> Any:
+        family._hashes.clear()
+        return family.fingerprint("text")
+
+    family: Any = load("sd1", tiny_folder("sd1"))
+    before = text(family)
+    family.encode_prompts(["a star", "a longer star"])
+    family._part("tokenizer")("a star", padding="max_length", max_length=9, truncation=True)
+    assert text(family) == before
+    tokenizer = family._part("tokenizer")
+    kept = tokenizer.backend_tokenizer.normalizer
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase()])
+    assert text(family) != before
+    tokenizer.backend_tokenizer.normalizer = kept
+    assert text(family) == before
+    tokenizer.padding_side = "left"
+    assert text(family) != before
+
+
 def test_another_denoiser_and_another_vae(tiny_folder: Folders, tiny_family: Families) -> None:
     """Starting from a fine-tuned network, and with a VAE that was repaired for half precision."""
     plain, second = tiny_family("sd1"), tiny_family("sd2")

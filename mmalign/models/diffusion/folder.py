@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mmalign.diffusion.process import NoiseProcess
 from mmalign.errors import MissingExtraError, ModelError
 from mmalign.models.diffusion.base import DTYPES, DiffusionFamily, FamilyConfig
+from mmalign.models.tokenizing import tokenizer_hash
 from mmalign.types import Moments
 
 PIPELINES = {
@@ -290,10 +291,8 @@ class FolderFamily(DiffusionFamily):
         for name in self.encoders:
             found[name] = _module_print(self._part(name))
         for name in self.tokenizers:
-            if (tokenizer := self._part(name)) is None:
-                continue
-            vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
-            found[name] = {"vocab": _text_hash(vocabulary), "length": tokenizer.model_max_length}
+            if (tokenizer := self._part(name)) is not None:
+                found[name] = tokenizer_hash(tokenizer)
         return found
 
     def _network_print(self) -> dict[str, Any]:

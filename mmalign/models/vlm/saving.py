@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.branches import EncodedExample
+from mmalign.models.tokenizing import tokenizer_hash
 from mmalign.models.vlm.forward import inner
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def fingerprint(family: VlmFamily, kind: str) -> dict[str, Any]:
     if kind == "processor":
         found.pop("dtype")
         found["processor"] = _text_hash(_plain(family.processor.to_dict()))
-        found["vocabulary"] = _text_hash(sorted(family.tokenizer.get_vocab().items()))
+        found["tokenizer"] = tokenizer_hash(family.tokenizer)
         found["template"] = _text_hash(family.processor.chat_template)
     elif kind == "vision":
         parts = family.parts()
