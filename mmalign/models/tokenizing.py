@@ -19,10 +19,12 @@ def tokenizer_hash(tokenizer: Any) -> str:
         rules = {name: value for name, value in rules.items() if name not in ("padding", "truncation")}
     else:
         ranks = getattr(tokenizer, "bpe_ranks", None) or {}
-        rules = {"merges": [[*pair] if isinstance(pair, tuple) else pair for pair in sorted(ranks, key=ranks.__getitem__)],
-                 "settings": {name: value for name, value in tokenizer.init_kwargs.items() if isinstance(value, bool | int)}}  # fmt: skip
+        merges = [list(pair) if isinstance(pair, tuple) else pair for pair in sorted(ranks, key=ranks.__getitem__)]
+        settings = {name: value for name, value in tokenizer.init_kwargs.items() if isinstance(value, bool | int)}
+        rules = {"merges": merges, "settings": settings}
     content = {
-        "class": type(tokenizer).__name__.removesuffix("Fast"), "rules": rules, "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "class": type(tokenizer).__name__.removesuffix("Fast"), "rules": rules,
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
         "special": {name: str(value) for name, value in sorted(tokenizer.special_tokens_map.items())},
         "length": tokenizer.model_max_length, "side": tokenizer.padding_side,
     }  # fmt: skip

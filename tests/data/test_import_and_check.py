@@ -377,7 +377,7 @@ def test_odd_pictures_and_labels(tmp_path: Path) -> None:
 def test_refused_files_are_told_by_their_first_bytes(imported: Path) -> None:
     check_table(imported, policy=LENIENT, progress=False)
     listed = {entry["reason"]: entry for entry in pq.read_table(imported / "check" / "quarantine.parquet").to_pylist()}
-    page = [case.row["jpg_0"] for case in pickapic_cases() if case.name == "noise"][0]
+    page = next(case.row["jpg_0"] for case in pickapic_cases() if case.name == "noise")
     assert listed["unsupported_format"]["head"] == hashlib.sha256(page[:64]).hexdigest()
     assert listed["empty_image"]["head"] == hashlib.sha256(b"").hexdigest()
     assert listed["missing_image"]["head"] == listed["empty_prompt"]["head"] == ""
