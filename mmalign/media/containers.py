@@ -32,6 +32,8 @@ _PREFIXES: Final = (
 )
 _TRANSPORT: Final = Container(demuxer="mpegts", mime="video/mp2t")
 _OLD_QUICKTIME: Final = (b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
+_BOXES: Final = (*_OLD_QUICKTIME, b"ftyp", b"moof", b"mfra", b"sidx", b"styp", b"meta", b"udta", b"uuid", b"emsg", b"prft")
+"""Boxes that stand at the top of a file."""
 _SOUND: Final = (b"ID3", b"fLaC", b"\xff\xfb", b"\xff\xf3", b"\xff\xf1", b"\xff\xf9")
 
 
@@ -82,8 +84,8 @@ def _cut_boxes(handle: IO[bytes], size: int) -> str | None:
             length = int.from_bytes(head[8:16], "big")
         elif length == 0:
             length = size - at
-        if length < 8:
-            break
+        if length < 8 or (at + length > size and kind not in _BOXES):
+            break  # no box: something that was appended to the file
         at += length
     if at > size:
         return f"{size} of {at} bytes are there"

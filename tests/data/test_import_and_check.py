@@ -311,6 +311,19 @@ def test_a_report_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert (folder / "check").read_text() == "in the way"
 
 
+def test_a_prompt_may_count_once_however_often_it_was_judged(tmp_path: Path) -> None:
+    source = write_pickapic(tmp_path / "source.parquet", pickapic_cases()[:2])
+    for option, weight in (("per_prompt", 0.25), ("one", 1.0)):
+        import_table(source, tmp_path / option, options={"weight": option}, progress=False)
+        table = open_table(tmp_path / option)
+        assert [table.raw(row).weight for row in range(2)] == [weight, weight]
+    with pytest.raises(DataError, match="'weight' is 'x', expected one or per_prompt"):
+        import_table(source, tmp_path / "x", options={"weight": "x"}, progress=False)
+    bare = write_pickapic(tmp_path / "bare.parquet", pickapic_cases()[:2], drop=("num_example_per_prompt",))
+    with pytest.raises(DataError, match="needs the column num_example_per_prompt"):
+        import_table(bare, tmp_path / "y", options={"weight": "per_prompt"}, progress=False)
+
+
 def encoded(kind: str, size: tuple[int, int], mode: str = "RGB", **settings: Any) -> bytes:
     noise = np.random.default_rng(1).integers(0, 256, (*size, 4), dtype=np.uint8)
     buffer = io.BytesIO()

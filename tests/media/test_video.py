@@ -86,6 +86,12 @@ def test_large_frames_are_reduced_and_small_ones_left() -> None:
     assert decode_video(clip(1), max_side=48).frames.shape[1:] == (32, 48, 3)
 
 
+def test_what_is_appended_to_a_whole_file_does_not_matter() -> None:
+    whole = clip(9)
+    for more in (b"junk" * 50, bytes(300), b"\xff" * 77, b"x"):
+        assert decode_video(whole + more).total == 9
+
+
 def damaged() -> bytes:
     data = bytearray(clip(40))
     start = data.find(b"mdat")

@@ -12,8 +12,9 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,10 +35,18 @@ _SPLIT = re.compile(r"^(?P<split>.+?)-\d{5}-of-\d{5}")
 
 
 class PickapicReader(Reader):
-    """Reads the rows of one split, some at a time."""
+    """Reads the rows of one split, some at a time.
+
+    Option `weight`: ``one`` (default), or ``per_prompt``: 1 over the number of judgements of the row's prompt
+    (`num_example_per_prompt`), as PickScore weighs its rows, so that a prompt counts once however often it was judged.
+    """
+
+    OPTIONS: ClassVar[Mapping[str, str]] = {"weight": "one"}
 
     def __init__(self, source: Path, split: str | None, **settings: Any) -> None:
         super().__init__(source, split, **settings)
+        if self.options["weight"] not in ("one", "per_prompt"):
+            raise DataError(f"{source}: the option 'weight' is '{self.options['weight']}', expected one or per_prompt")
         self.files = _choose_split(_parquet_files(source), split, source)
         for file in self.files:
             names = pq.ParquetFile(file).schema_arrow.names
@@ -72,10 +81,18 @@ class PickapicReader(Reader):
             try:
                 for batch in pq.ParquetFile(file).iter_batches(batch_size=ROWS_AT_ONCE):
                     for row in whole_microseconds(batch).to_pylist():
-                        yield _own(row) if self._ours else _row(row, names, file.name, number)
+                        yield _own(row) if self._ours else self._weighted(_row(row, names, file.name, number))
                         number += 1
             except (pa.ArrowInvalid, OSError) as error:
                 raise DataError(f"{file} after row {number}: cannot be read: {error}") from error
+
+    def _weighted(self, row: SourceRow | Problem) -> SourceRow | Problem:
+        if isinstance(row, Problem) or self.options["weight"] == "one":
+            return row
+        share = row.meta.get("prompt_weight")
+        if share is None:
+            raise DataError(f"{self.source}: weight=per_prompt needs the column num_example_per_prompt; row {row.id} has none")
+        return replace(row, weight=share)
 
 
 def _own(row: dict[str, Any]) -> SourceRow:
