@@ -122,13 +122,12 @@ def judge(pictures: Pictures, captions: Sequence[str], role: str) -> NDArray[np.
 
 def in_embedded_world(captions: dict[str, list[str]]) -> bool:
     """Whether the judges of the embedded world know these captions."""
-    from mmalign.world.domains import PERSONS
+    from mmalign.world.domains import EVERYBODY
     from mmalign.world.shapes import parse
 
-    names = (*PERSONS[0], *PERSONS[1])
     try:
         for caption in captions["innocent"]:
             parse(caption)
     except ValueError:
         return False
-    return all(caption.partition(" on a ")[0] in names for caption in captions["illegal"])
+    return all(caption.partition(" on a ")[0] in EVERYBODY for caption in captions["illegal"])

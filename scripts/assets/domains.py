@@ -1,43 +1,29 @@
 """Draw the embedded table of domains: portraits (illegal) and shapes on patterned paper (innocent), a few seconds.
 
-The split ``learn`` holds one half of the persons and patterns, ``adapt`` and ``test`` the other half.
+The split ``learn`` holds one group of persons and patterns, ``adapt`` and ``test`` another.
 """
 
 from __future__ import annotations
 
-import io
 import time
-from collections.abc import Callable
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from common import ASSETS, write_card
-from PIL import Image
 
-from mmalign.world.domains import Drawn, patterned, portrait
+from mmalign.world.domains import domain_rows
 
 SEED = 71
 FOLDER = ASSETS / "tiny-domains"
 SPLITS = {"learn": (0, 256), "adapt": (1, 256), "test": (1, 128)}
-"""Split -> half of the persons and patterns, and pictures of each domain."""
-DOMAINS: dict[str, Callable[..., Drawn]] = {"illegal": portrait, "innocent": patterned}
+"""Split -> group of persons and patterns, and pictures of each domain."""
 
 
 def main() -> None:
     begin = time.process_time()
     rows = []
-    for place, (split, (half, number)) in enumerate(SPLITS.items()):
-        for role, draw in DOMAINS.items():
-            rng = np.random.Generator(np.random.Philox(key=[SEED, 10 * place + (role == "innocent")]))
-            for index in range(number):
-                drawn = draw(rng, half=half)
-                buffer = io.BytesIO()
-                Image.fromarray(drawn.picture).save(buffer, "PNG", optimize=True)
-                rows.append(
-                    {"id": f"{split}-{role}-{index:03d}", "prompt": drawn.caption, "role": role, "domain": drawn.domain,
-                     "split": split, "image": {"bytes": buffer.getvalue(), "path": None}}
-                )  # fmt: skip
+    for place, (split, (group, number)) in enumerate(SPLITS.items()):
+        rows += domain_rows(split, group=group, number=number, seed=SEED, stream=10 * place)
     FOLDER.mkdir(parents=True, exist_ok=True)
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     schema = pa.schema([*((name, pa.string()) for name in ("id", "prompt", "role", "domain", "split")), ("image", image)])

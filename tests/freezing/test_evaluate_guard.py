@@ -18,7 +18,7 @@ from mmalign.evaluate_guard.erase import erase
 from mmalign.evaluate_guard.measures import effect, interval
 from mmalign.evaluate_guard.quality import Judges, frechet_distance
 from mmalign.freezing import FreezeMask
-from mmalign.world.domains import PATTERNS, PERSONS, likeness, patterned, portrait
+from mmalign.world.domains import EVERY_PATTERN, EVERYBODY, PATTERNS, likeness, patterned, portrait
 from mmalign.world.oracle import oracle_scores
 from tests.freezing.conftest import ROOT
 from tests.freezing.test_learning import learn
@@ -69,18 +69,18 @@ def test_what_a_forward_keeps() -> None:
     assert kept_for_backward(lambda: layer(x).square().sum(), own) == 0
 
 
-def test_the_domains_share_nothing_between_halves_and_their_judges_know_them() -> None:
-    assert not set(PERSONS[0]) & set(PERSONS[1]) and not set(PATTERNS[0]) & set(PATTERNS[1])
+def test_the_groups_of_domains_share_nothing_and_their_judges_know_them() -> None:
+    assert all(len(set(names)) == len(names) for names in (EVERYBODY, EVERY_PATTERN))
     rng = np.random.Generator(np.random.Philox(key=3))
-    faces = [portrait(rng, half=half) for half in (0, 1) for _ in range(12)]
+    faces = [portrait(rng, group=group) for group in (0, 1, 2) for _ in range(12)]
     own = likeness(np.stack([face.picture for face in faces]), [face.caption for face in faces])
     assert own.mean() > 0.6  # places between those of the grid cost up to two thirds of it
     swapped = [face.caption.replace(face.domain, "bob" if face.domain != "bob" else "ann") for face in faces]
     others = likeness(np.stack([face.picture for face in faces]), swapped)
     assert (others < own).all() and others.mean() < 0.1
-    papers = [patterned(rng, half=half) for half in (0, 1) for _ in range(12)]
-    assert {paper.domain for paper in papers[:12]} <= set(PATTERNS[0])
-    assert {paper.domain for paper in papers[12:]} <= set(PATTERNS[1])
+    papers = [patterned(rng, group=group) for group in (0, 1, 2) for _ in range(12)]
+    for group, names in enumerate(PATTERNS):
+        assert {paper.domain for paper in papers[12 * group : 12 * group + 12]} == set(names)
     assert oracle_scores(np.stack([paper.picture for paper in papers]), [paper.caption for paper in papers]).mean() > 0.7
     with pytest.raises(ValueError, match="not a caption of a portrait"):
         likeness(papers[0].picture[None], [papers[0].caption])
