@@ -18,7 +18,7 @@ from tests.data.clips import clip
 from tests.fixtures import tiny_vlm
 from tests.fixtures.vlm_runs import turn, write_experiment
 
-from .conftest import command, metric_lines, quiet_environment, run_command, state_files
+from .conftest import command, metric_lines, quiet_environment, state_files
 
 STAGES = [
     {"name": "easy", "rows": "4", "steps": 3}, {"name": "hard", "rows": "2", "steps": 2},
@@ -119,8 +119,7 @@ def test_a_run_killed_at_a_boundary_and_resumed_equals_the_straight_run(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / "summary.json").exists(), "it had ended before it was killed"
-    done = run_command("train", str(file), f"run.out={killed}", "--resume")
-    assert done.returncode == 0, done.stderr
+    run_training(file, [f"run.out={killed}"], resume=True)
     assert stored(killed) == stored(straight)
     assert metric_lines(killed) == metric_lines(straight)
 

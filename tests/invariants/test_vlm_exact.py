@@ -17,7 +17,7 @@ from mmalign.experiment import train as run_training
 from tests.fixtures import tiny_vlm
 from tests.fixtures.vlm_runs import write_experiment, write_table
 
-from .conftest import ROOT, command, metric_lines, quiet_environment, run_command
+from .conftest import ROOT, command, metric_lines, quiet_environment
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,7 @@ def test_a_run_killed_and_resumed_equals_the_straight_run(file: Path, tmp_path: 
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / "summary.json").exists(), "it had ended before it was killed"
-    done = run_command("train", str(file), f"run.out={killed}", "--resume")
-    assert done.returncode == 0, done.stderr
+    run_training(file, [f"run.out={killed}"], resume=True)
     assert policy(killed, 8) == policy(straight, 8)
     assert metric_lines(killed) == metric_lines(straight)
 
