@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,10 +134,6 @@ def test_every_method_on_pairs(name: str, train: Train, pairs: Path, mask_file: 
 
 
 LISTS = [name for name in METHODS.names() if METHODS.get(name).batches == "lists"]
-ANSWERS = {"vlm_pairs": "pairs", "vlm_chosen": "pairs", "vlm_labelled": "unpaired"}
-"""What methods on answers read -> the little table that has it."""
-
-
 @pytest.mark.parametrize("name", LISTS)
 def test_every_method_on_lists(name: str, train: Train, mask_file: Path, tmp_path: Path) -> None:
     generator, lines = np.random.default_rng(0), []
@@ -153,27 +150,64 @@ def test_every_method_on_lists(name: str, train: Train, mask_file: Path, tmp_pat
     assert same_bits(mask, run / "export") == [] and moved(mask, run / "export")
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS.names() if METHODS.get(name).batches in ANSWERS])
-def test_every_method_on_answers(name: str, tmp_path: Path) -> None:
-    from mmalign.experiment import train as run_training
+ON_ANSWERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vlm_pairs": ("pairs", {}),
+    "vlm_chosen": ("pairs", {}),
+    "vlm_labelled": ("unpaired", {}),
+    "vlm_lists": ("lists", {}),
+    "vlm_triples": ("pairs", {"reference": "a gold star"}),
+    "vlm_joint": ("pairs", {}),
+    "vlm_answered": ("pairs", {}),
+    "vlm_records": ("pairs", {}),
+    "vlm_stages": ("pairs", {"stage": "easy"}),
+}
+"""What a method on answers reads -> the little table that has it, with further columns."""
+SETTINGS: dict[str, dict[str, Any]] = {
+    "vlm_online_dpo": {"judge": "verbosity", "max_new_tokens": 12, "samples": 3, "offline": 0.5},
+    "bdhs_dpo": {"max_new_tokens": 6},
+    "temple": {"stages": [{"name": "easy", "rows": "easy", "steps": 1}, {"name": "again", "rows": "easy", "steps": 1}]},
+}
+
+
+@pytest.fixture(scope="module")
+def answering(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FreezeMask]:
+    """A vision-language model, and a mask over every other one of its matrices."""
+    import torch
+
     from mmalign.experiment.opening import load_any
     from mmalign.freezing.names import published
     from tests.fixtures import tiny_vlm
     from tests.fixtures.vlm_runs import write_experiment, write_table
 
-    tiny_vlm.build("llava", tmp_path / "llava")
-    table = write_table(tmp_path, ANSWERS[METHODS.get(name).batches])
-    file = write_experiment(tmp_path, tmp_path / "llava", table, method={"name": name}, optim={"steps": 1})
-    import torch
-
+    folder = tmp_path_factory.mktemp("answers")
+    tiny_vlm.build("llava", folder / "llava")
+    file = write_experiment(folder, folder / "llava", write_table(folder))
     base = load_any(load_experiment(file).config, torch.device("cpu")).network
-    names = [key for key, value in published(base).items() if value.ndim > 1][::2]
-    path = FreezeMask.of(base, names).save(tmp_path / "freeze_mask.json")
-    run_training(file, [f"freezing.mask={path}"])
+    mask = FreezeMask.of(base, [key for key, value in published(base).items() if value.ndim > 1][::2])
+    mask.save(folder / "freeze_mask.json")
+    return folder, mask
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS.names() if METHODS.get(name).batches.startswith("vlm_")])
+def test_every_method_on_answers(name: str, answering: tuple[Path, FreezeMask], tmp_path: Path) -> None:
+    """Whole weights are trained, so that anything not frozen could move, and everything frozen is hashed in the opened run."""
+    from mmalign.experiment import train as run_training
+    from mmalign.freezing.names import published
+    from tests.fixtures.vlm_runs import write_experiment, write_table
+
+    world, mask = answering
+    kind, columns = ON_ANSWERS[METHODS.get(name).batches]
+    method = {"name": name, **SETTINGS.get(name, {})}
+    steps = sum(stage["steps"] for stage in method.get("stages", [{"steps": 2}]))
+    file = write_experiment(
+        tmp_path, world / "llava", write_table(tmp_path, kind, **columns), method=method, optim={"steps": steps},
+        tuning={"name": "full"},
+    )  # fmt: skip
+    run_training(file, [f"freezing.mask={world / 'freeze_mask.json'}"])
     opened = open_run(tmp_path / "run")
     held = guard_of(opened.aligned)
-    assert held is not None and held.verify().intact and held.verify().checked == len(names)
-    assert [key for key, value in opened.aligned.named_parameters() if value.requires_grad]
+    assert held is not None and held.verify().intact and held.verify().checked == len(mask.frozen)
+    assert len(mask.changed(published(opened.aligned), names=tuple(mask.tensors))) > 0  # and something free has moved
 
 
 def test_tampering_with_the_base_is_named(train: Train, mask_file: Path, tmp_path: Path) -> None:
