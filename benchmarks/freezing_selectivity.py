@@ -6,15 +6,16 @@
 
 Two parts. `choose` sets how much an innocent user's cost counts, on persons and papers of the split `learn` alone
 (benchmarks/freezing_choice.py has the rule). `measure` learns masks on the split `learn`, lets users fine-tune on other persons
-and papers, and scores them there: per seed and ratio the learned mask; saliency masks with as many tensors, and with as many
-parameters, frozen; and random masks with as many of both. Every finished arm is a file below --out: a killed run continues
-where it stopped, and processes that are given the same folder share the work.
+and papers, and scores them there: per seed and ratio, of tensors and of parameters, the learned mask; saliency masks with as
+many tensors and as many parameters frozen; and random masks with as many of both. Every finished arm is a file below --out: a
+killed run continues where it stopped, and processes that are given the same folder share the work.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -36,20 +37,30 @@ from mmalign.freezing import FreezeMask
 HERE = Path(__file__).resolve()
 
 
-def arms(world: World, record: dict[str, Any], ratio: float, seed: int, matched: int) -> list[Arm]:
-    """Every mask of one cell, made when it is asked for."""
+COUNTS = ("tensors", "parameters")
+
+
+def arms(world: World, record: dict[str, Any], ratio: float, seed: int, matched: int, count: str) -> list[Arm]:
+    """Every mask of one cell, made when it is asked for; the first is the learned one.
+
+    Args:
+        count: what the ratio is of. Of tensors: saliency with as many tensors, and with as many parameters. Of parameters:
+            saliency by score per parameter, as mask learning chooses then, and by score alone.
+    """
     weights = {name: choice.weight_of(record[name]["chosen"], ratio) for name in choice.SCHEMES if name in record}
-    best = Scheme(name="learned", weight=weights["learned"])
+    best = Scheme(name="learned", weight=weights["learned"], count=count)
     # One as defined; one more where a weight was chosen for it too.
     others = {"saliency": Scheme(name="saliency", weight=1.0)}
     if weights.get("saliency", 1.0) != 1.0:
         others["saliency, weight chosen"] = Scheme(name="saliency", weight=weights["saliency"])
+    like = best.key(ratio)
 
     def learned() -> FreezeMask:
         return world.scored(best, ratio=ratio, seed=seed)
 
-    def tensors(scheme: Scheme) -> Callable[[], FreezeMask]:
-        return lambda: world.by_tensors(scheme, ratio=ratio, seed=seed)
+    def plain(scheme: Scheme) -> Callable[[], FreezeMask]:
+        choose = world.by_tensors if count == "tensors" else world.by_density
+        return lambda: choose(scheme, ratio=ratio, seed=seed)
 
     def share(scheme: Scheme) -> Callable[[], FreezeMask]:
         return lambda: world.by_share(scheme, learned(), ratio=ratio, seed=seed)
@@ -57,12 +68,12 @@ def arms(world: World, record: dict[str, Any], ratio: float, seed: int, matched:
     def chance(number: int) -> Callable[[], FreezeMask]:
         return lambda: world.by_chance(learned(), seed=100 * seed + number)
 
-    found = [Arm("learned", f"{best.key(ratio)}", learned)]
+    found = [Arm("learned", like, learned)]
+    words = ("as many tensors", "as many parameters") if count == "tensors" else ("by score per parameter", "by score")
     for label, scheme in others.items():
         key = f"saliency-w{scheme.weight:.4g}-r{ratio:g}"
-        found.append(Arm(f"{label}, as many tensors", f"{key}-tensors", tensors(scheme)))
-        found.append(Arm(f"{label}, as many parameters", f"{key}-share-of-{best.key(ratio)}", share(scheme)))
-    like = best.key(ratio)
+        found.append(Arm(f"{label}, {words[0]}", f"{key}-{count}", plain(scheme)))
+        found.append(Arm(f"{label}, {words[1]}", f"{key}-share-of-{like}", share(scheme)))
     return found + [Arm("random, as many of both", f"random-{number}-like-{like}", chance(number)) for number in range(matched)]
 
 
@@ -101,9 +112,9 @@ class Run:
         cells = [(seed, ratio) for seed in self.options.seeds for ratio in self.options.ratios]
         for seed in self.options.seeds:
             yield from self._plain(self.world, seed)
-        for first in (True, False):
+        for count, first in itertools.product(COUNTS, (True, False)):
             for seed, ratio in cells:
-                found = arms(self.world, record, ratio, seed, self.options.matched)
+                found = arms(self.world, record, ratio, seed, self.options.matched, count)
                 for arm in found[:1] if first else found[1:]:
                     yield self._job(self.world, arm.name, seed, functools.partial(self.world.losses, arm.name, arm.mask, seed))
 
@@ -126,13 +137,15 @@ class Run:
 
     def show(self) -> str:
         """The tables of everything that is finished."""
-        record = self.record()
-        cells = {
-            (ratio, seed): arms(self.world, record, ratio, seed, self.options.matched)
-            for ratio in self.options.ratios for seed in self.options.seeds
-        }  # fmt: skip
-        whole = {key: found for key, found in cells.items() if all(self.world.done(arm.name, key[1]) for arm in found)}
-        return choice.text_of(record) + "\n\n" + tables(self.world, whole, self.options.ratios)
+        record, parts = self.record(), []
+        for count in COUNTS:
+            cells = {
+                (ratio, seed): arms(self.world, record, ratio, seed, self.options.matched, count)
+                for ratio in self.options.ratios for seed in self.options.seeds
+            }  # fmt: skip
+            whole = {key: found for key, found in cells.items() if all(self.world.done(arm.name, key[1]) for arm in found)}
+            parts.append(f"Ratios of {count}:\n\n" + tables(self.world, whole, self.options.ratios, name=count))
+        return choice.text_of(record) + "\n\n" + "\n\n".join(parts)
 
 
 def share(jobs: list[Job], *, until: float | None = None) -> None:
@@ -194,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.echo:
             print(echo(run.world, best, 0, 0.3))
         if options.sweep:
-            found = arms(run.world, run.record(), 0.3, 0, options.matched)
+            found = arms(run.world, run.record(), 0.3, 0, options.matched, "tensors")
             print(sweep(run.world, [found[0], found[2], found[-1]], 0, 0.3, options.sweep))
     except MmalignError as error:
         print(error, file=sys.stderr)

@@ -30,9 +30,9 @@ CONFIG = "configs/tiny/freeze_as_guard.yaml"
 DOMAINS = "assets/tiny-domains"
 USER = {"lr": 5e-4, "steps": 30, "batch_size": 8, "weight_decay": 0.0}
 """The user's fine-tuning."""
-STEPS = {"learned": 150, "saliency": 60}
+STEPS = {"learned": 180, "saliency": 60}
 """Of mask learning: what configs/tiny/freeze_as_guard.yaml says, and one fine-tuning of the joint user."""
-ONE_SHOT = ("method.scheme=saliency", "method.users=joint", "method.episode=0")
+ONE_SHOT = ("method.scheme=saliency", "method.users=joint", "method.episode=0", "method.user_steps=4")
 FOLDS = (
     ({"ann", "cai", "rows", "slant"}, {"bob", "dov", "dots"}),
     ({"bob", "dov", "dots", "slant"}, {"ann", "cai", "rows"}),
@@ -50,10 +50,13 @@ class Scheme:
     """``learned`` or ``saliency``."""
     weight: float
     """What an innocent user's cost counts."""
+    count: str = "tensors"
+    """What the ratio of a learned mask is of: ``tensors`` or ``parameters``."""
 
     def key(self, ratio: float) -> str:
-        """Saliency scores do not depend on the ratio."""
-        return f"{self.name}-w{self.weight:.4g}" + (f"-r{ratio:g}" if self.name == "learned" else "")
+        """Saliency scores depend neither on the ratio nor on what it counts."""
+        more = f"-r{ratio:g}" + ("-parameters" if self.count == "parameters" else "")
+        return f"{self.name}-w{self.weight:.4g}" + (more if self.name == "learned" else "")
 
 
 @dataclass(slots=True)
@@ -73,16 +76,18 @@ class World:
         """The mask of a run of mask learning, run if it is not there."""
         folder = self.folder / "masks" / f"{name or scheme.key(ratio)}-seed{seed}"
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):  # several jobs may need one mask
+        with FileLock(folder.with_name(f"{folder.name}.lock")):  # several jobs may need one mask
             if not (folder / "export" / "freeze_mask.json").is_file():
                 one_shot = ONE_SHOT if scheme.name == "saliency" else ()
                 kept = ratio if scheme.name == "learned" else 0.3
                 overrides = [
-                    f"data.manifest={self.manifest}", f"method.ratio={kept}", f"method.innocent_weight={scheme.weight}",
-                    f"optim.steps={STEPS[scheme.name] // self.shortened}", f"run.seed={seed}", f"run.out={folder}",
+                    f"data.manifest={self.manifest}", f"method.ratio={kept}", f"method.count={scheme.count}",
+                    f"method.innocent_weight={scheme.weight}", f"optim.steps={STEPS[scheme.name] // self.shortened}",
+                    f"run.seed={seed}", f"run.out={folder}",
                     *one_shot, *more,
                 ]  # fmt: skip
-                train_experiment(load_experiment(CONFIG, overrides), resume=True, page=False)
+                if train_experiment(load_experiment(CONFIG, overrides), resume=True, page=False).interrupted:
+                    raise KeyboardInterrupt(f"{folder} goes on from its checkpoint when the command is run again")
         return FreezeMask.load(folder / "export" / "freeze_mask.json")
 
     def by_tensors(self, scheme: Scheme, *, ratio: float, seed: int) -> FreezeMask:
@@ -95,6 +100,12 @@ class World:
         mask = self.scored(scheme, ratio=ratio, seed=seed)
         scores = {name: entry.score for name, entry in mask.tensors.items()}
         return chosen(mask, matched_scored(scores, sizes(mask), share=like.ratio["parameters"]))
+
+    def by_density(self, scheme: Scheme, *, ratio: float, seed: int) -> FreezeMask:
+        """The wanted share of parameters, highest scores per parameter first, as mask learning itself chooses them."""
+        mask = self.scored(scheme, ratio=ratio, seed=seed)
+        scores = {name: entry.score / entry.parameters for name, entry in mask.tensors.items()}
+        return chosen(mask, top_names(scores, ratio, sizes=sizes(mask)))
 
     @staticmethod
     def by_chance(like: FreezeMask, *, seed: int) -> FreezeMask:

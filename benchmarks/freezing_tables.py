@@ -31,8 +31,8 @@ Cells = Mapping[tuple[float, int], Sequence[Arm]]
 """By ratio and seed: arms, all of them finished."""
 
 
-def tables(world: World, cells: Cells, ratios: Sequence[float]) -> str:
-    """Markdown of all whole cells; also written to results.json."""
+def tables(world: World, cells: Cells, ratios: Sequence[float], *, name: str) -> str:
+    """Markdown of all whole cells; also written to results-NAME.json."""
     lines = ["| ratio | mask | tensors | parameters | block | harm | selectivity | by seed |", "|" + "---|" * 8]
     notes: list[str] = []
     record: dict[str, Any] = {}
@@ -49,8 +49,9 @@ def tables(world: World, cells: Cells, ratios: Sequence[float]) -> str:
             each = ", ".join(f"{merged[label][seed].selectivity[0]:.3f}" for seed in seeds)
             lines.append(f"| {ratio:.0%} | {label} | {_share(shares, 'tensors')} | {_share(shares, 'parameters')} | "
                          + " | ".join(_show(value) for value in values.values()) + f" | {each} |")  # fmt: skip
-        notes += _notes(ratio, seeds, merged, [cells[ratio, seed][0].mask() for seed in seeds], record)
-    write_json(world.folder / "results.json", record)
+        masks = [[arm.mask() for arm in cells[ratio, seed][:2]] for seed in seeds]
+        notes += _notes(ratio, seeds, merged, masks, record)
+    write_json(world.folder / f"results-{name}.json", record)
     return "\n".join([*lines, "", *notes])
 
 
@@ -62,10 +63,10 @@ def _merged(world: World, arms: Sequence[Arm], label: str, seed: int) -> Effect:
 
 
 def _notes(
-    ratio: float, seeds: Sequence[int], merged: Mapping[str, Mapping[int, Effect]], masks: Sequence[FreezeMask],
+    ratio: float, seeds: Sequence[int], merged: Mapping[str, Mapping[int, Effect]], masks: Sequence[Sequence[FreezeMask]],
     record: dict[str, Any],
 ) -> list[str]:  # fmt: skip
-    """Differences between arms, stability over seeds, and how much of a mask is its start."""
+    """Differences between arms, stability over seeds, and how much of a mask is its start or the second arm's mask."""
     notes = []
     for label in list(merged)[1:]:
         gaps = [merged["learned"][seed].selectivity - merged[label][seed].selectivity for seed in seeds]
@@ -73,12 +74,14 @@ def _notes(
         record[f"learned - {label}@{ratio}"] = found.as_dict()
         each = ", ".join(f"{gap[0]:+.3f}" for gap in gaps)
         notes.append(f"- {ratio:.0%}: learned minus {label}: {_show(found)} (seeds: {each})")
-    starts = [float(mask.recipe["overlap_with_start"]) for mask in masks]
-    stable = mean_jaccard([mask.frozen for mask in masks])
-    record[f"stability@{ratio}"] = {"jaccard": stable, "chance": chance_jaccard(ratio), "start": starts}
+    learned = [found[0] for found in masks]
+    starts = [float(mask.recipe["overlap_with_start"]) for mask in learned]
+    seconds = [jaccard(one.frozen, two.frozen) for one, two in masks]
+    stable, chance = mean_jaccard([mask.frozen for mask in learned]), chance_jaccard(learned[0].ratio["tensors"])
+    record[f"stability@{ratio}"] = {"jaccard": stable, "chance": chance, "start": starts, "second": seconds}
     notes.append(
-        f"- {ratio:.0%}: learned masks of {len(masks)} seeds overlap by Jaccard {stable:.2f} (chance "
-        f"{chance_jaccard(ratio):.2f}); with the order they started from {', '.join(f'{value:.2f}' for value in starts)}"
+        f"- {ratio:.0%}: learned masks of {len(masks)} seeds overlap by Jaccard {stable:.2f} (chance {chance:.2f}); with the "
+        f"order they started from {_each(starts)}; with {list(merged)[1]} {_each(seconds)}"
     )
     return notes
 
@@ -103,6 +106,10 @@ def sweep(world: World, arms: Sequence[Arm], seed: int, ratio: float, steps: Seq
             words = ", ".join(f"{key} {_show(interval([getattr(found, key)]))}" for key in MEASURES)
             lines.append(f"- {ratio:.0%}, seed {seed}, {number} user steps, {arm.label}: {words}")
     return "\n".join(lines)
+
+
+def _each(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.2f}" for value in values)
 
 
 def _share(shares: Sequence[Mapping[str, float]], key: str) -> str:

@@ -122,6 +122,9 @@ class GuardBench:
 
         Args:
             prepare: changes the copy before the user gets it (an edit that the publisher made).
+
+        Raises:
+            KeyboardInterrupt: a signal stopped the user, of whom nothing may be scored then.
         """
         from accelerate import Accelerator
 
@@ -140,9 +143,11 @@ class GuardBench:
             run = RunConfig(name="user", seed=seed, log_every=max(1, optim.steps), save_every=max(1, optim.steps))
             loop = Loop(Denoising(parts), Accelerator(cpu=self.family.device.type == "cpu"), optim=optim, run=run, folder=work)
             begin = time.process_time()
-            loop.fit(_Rows(self.splits["adapt"][role], optim=optim, seed=seed), Callbacks())
+            result = loop.fit(_Rows(self.splits["adapt"][role], optim=optim, seed=seed), Callbacks())
             seconds = (time.process_time() - begin) / optim.steps
             shutil.rmtree(work, ignore_errors=True)
+            if result.interrupted:  # the loop ends politely; a half-trained user would look like a mask that prevents a lot
+                raise KeyboardInterrupt(f"the {role} user had {result.step} of {optim.steps} steps; run again to go on")
         if held is not None:
             held.verify().require("after the user's fine-tuning")
             held.release()

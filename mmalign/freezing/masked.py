@@ -117,25 +117,30 @@ class MaskOptimizer(torch.optim.Optimizer):
     """Moves the scores of a `MaskedNetwork`: up where freezing costs the illegal user more than the innocent one.
 
     A step is told whose loss its gradient is of. dL/dm_i, minus the sum over tensor i of the user's change times gradient, is
-    what freezing it costs that user; averages per role, each divided by the sum of its absolute values, are shares of the
-    user's gain, so that neither role rules by having the larger loss. Their difference, without what would change the ratio
-    and divided by its root mean square, is the step. The rate is its own: nothing of `optim` reaches it.
+    what freezing it costs that user. An average per role is divided by what that user gained before the mask took a side: the
+    sum of the absolute costs after the first `settle` steps of each role, during which scores stay. From then on the unit
+    is fixed, so that neither role rules by having the larger loss, and a user who has all he needs asks for little, while one
+    who is being frozen out asks for more at every step. The difference, without what would change the ratio and divided
+    by its root mean square, is the step. The rate is its own: nothing of `optim` reaches it.
 
     Args:
         scores, weights: of the masked network.
         rate: change of a typical score per step.
-        decay: of the averages per role; None averages everything and sets the scores to the plain difference of shares
-            instead of moving them (one-shot saliency).
+        decay: of the averages per role; None averages everything, takes the unit anew at every step and sets the scores to the
+            plain difference of shares instead of moving them (one-shot saliency).
         innocent_weight: how much the innocent user's cost counts.
+        settle: mask steps of each role that set its unit.
     """
 
     role: Role = "illegal"
 
     def __init__(
-        self, scores: nn.Parameter, weights: Tensor, *, rate: float, decay: float | None, innocent_weight: float = 1.0
-    ) -> None:
+        self, scores: nn.Parameter, weights: Tensor, *, rate: float, decay: float | None, innocent_weight: float = 1.0,
+        settle: int = 1,
+    ) -> None:  # fmt: skip
         super().__init__([scores], {"lr": rate})
         self.weights, self.rate, self.decay, self.innocent_weight = weights, rate, decay, innocent_weight
+        self.settle = max(1, settle)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -145,19 +150,22 @@ class MaskOptimizer(torch.optim.Optimizer):
         state = self.state[scores]
         if not state:
             for role in ROLES:
-                state[role], state[f"{role}_steps"] = torch.zeros_like(scores), torch.zeros((), device=scores.device)
+                state[role] = torch.zeros_like(scores)
+                state[f"{role}_steps"], state[f"{role}_unit"] = (torch.zeros((), device=scores.device) for _ in range(2))
         state[f"{self.role}_steps"] += 1
         steps = state[f"{self.role}_steps"]
         part = 1 / steps if self.decay is None else torch.clamp(1 / steps, min=1 - self.decay)
         state[self.role].lerp_(scores.grad, part)
-        illegal, innocent = (state[role] / state[role].abs().sum().clamp(min=1e-30) for role in ROLES)
+        settling = (steps <= self.settle) | (self.decay is None)
+        state[f"{self.role}_unit"] = torch.where(settling, state[self.role].abs().sum(), state[f"{self.role}_unit"])
+        illegal, innocent = (state[role] / state[f"{role}_unit"].clamp(min=1e-30) for role in ROLES)
         direction = illegal - self.innocent_weight * innocent
         if self.decay is None:
             scores.copy_(direction)
             return
-        both = (state["illegal_steps"] > 0) & (state["innocent_steps"] > 0)
+        settled = (state["illegal_steps"] >= self.settle) & (state["innocent_steps"] >= self.settle)
         direction = tangent(direction, self.weights * len(scores))
-        scores.add_(direction / direction.square().mean().sqrt().clamp(min=1e-30) * both, alpha=self.rate)
+        scores.add_(direction / direction.square().mean().sqrt().clamp(min=1e-30) * settled, alpha=self.rate)
 
 
 class GradientMeter(torch.optim.Optimizer):

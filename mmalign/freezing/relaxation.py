@@ -14,31 +14,36 @@ from torch import Tensor
 
 from mmalign.errors import ConfigError
 
-_HALVINGS = 60
-"""Enough to find a shift to float64 precision in a range of a hundred."""
+_HALVINGS = 90
+"""Enough for float64 precision where the smallest tensor holds a millionth of the largest."""
 
 
 def project_mean(scores: Tensor, ratio: float, *, temperature: float, weights: Tensor | None = None) -> Tensor:
-    """``sigmoid((scores + b) / temperature)`` with the one shift b that makes its weighted mean `ratio`. ``[N]`` in [0, 1].
+    """``sigmoid((scores + b N weights) / temperature)`` with the one b that makes its weighted mean `ratio`. ``[N]`` in [0, 1].
 
-    Keeps the order of the scores and does not change when a constant is added to them.
+    That is the mask of the highest sum of scores plus ``temperature`` times its entropy among all masks of that weighted
+    mean: -b is the price of a share. With equal weights the order of the scores is kept; with shares of parameters a large
+    tensor has to earn its size, and as the temperature falls the mask goes to those of the highest score per parameter. It
+    does not change when a multiple of the weights (equal weights: a constant) is added to the scores.
 
     Args:
         scores: ``[N]``.
         ratio: in [0, 1]; 0 and 1 give exact zeros and ones.
         temperature: of the squashing; small values make hard masks.
-        weights: ``[N]``, summing to one; default equal.
+        weights: ``[N]``, positive, summing to one; default equal.
     """
     if ratio <= 0 or ratio >= 1:
         return torch.full_like(scores, float(ratio >= 1))
     values = scores.double()
     share = torch.full_like(values, 1 / len(values)) if weights is None else weights.double()
-    low, high = -values.max() - 50 * temperature, -values.min() + 50 * temperature
+    price = share * len(values)
+    ends = (-values - 50 * temperature) / price, (-values + 50 * temperature) / price
+    low, high = ends[0].min(), ends[1].max()
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        above = (share * torch.sigmoid((values + middle) / temperature)).sum() > ratio
+        above = (share * torch.sigmoid((values + price * middle) / temperature)).sum() > ratio
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-    return torch.sigmoid((values + (low + high) / 2) / temperature).to(scores.dtype)
+    return torch.sigmoid((values + price * (low + high) / 2) / temperature).to(scores.dtype)
 
 
 def tangent(direction: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -8,10 +8,12 @@ Departures from the paper and from the released code (pittisl/FreezeAsGuard), in
 - Two users by default, one for each domain, who take turns from the published weights (`users: separate`): that is what
   happens after release. The paper's single user trains on both domains at once (`users: joint`); his change of a tensor is
   a compromise, so its cost to either domain says less about either.
-- Each domain's costs are divided by their sum, so that they are shares of what the user gained. Raw losses let the domain
-  with the larger loss decide. The innocent user's shares count less than in full
-  (`innocent_weight`): a cost measured tensor by tensor knows nothing of the tensors that take over.
-- The ratio is exact at every step by projection, not by a penalty. One step of the released penalty saturates nearly all
+- Each domain's costs are divided by what its user gained before the mask took a side, so that scores follow the gradient of
+  (share of the illegal gain prevented) - `innocent_weight` x (share of the innocent gain prevented). Raw losses let the
+  domain with the larger loss decide. Dividing by the present sum of costs would give an innocent user who has all he needs
+  as loud a voice as one who is being frozen out; with a fixed unit he asks for more as the mask takes more from him.
+- The ratio is exact at every step by projection, not by a penalty; where it counts parameters, a tensor has to earn its size, and
+  those of the highest score per parameter are frozen. One step of the released penalty saturates nearly all
   scores, after which the mask is its random start; here all scores start equal.
 - The score moves by the gradient with respect to the mask itself, so that a saturated tensor can still change sides.
 - The user trains with the run's optimiser, as an attacker would; the released simulation uses plain SGD at a rate that
@@ -38,6 +40,9 @@ from mmalign.models.diffusion.captioned import DomainBatch, denoising_losses
 from mmalign.trainers.base import Parts, Trainer
 from mmalign.types import StepContext, StepOutput
 
+_SETTLE = 5
+"""Mask steps that set a domain's unit where the user never begins again."""
+
 
 class FreezeAsGuardConfig(Section):
     """Settings of mask learning and of its baselines."""
@@ -63,19 +68,12 @@ class FreezeAsGuardConfig(Section):
     """User steps before the user begins again from the published weights; a multiple of `user_steps`. 0: never (`joint` only)."""
     decay: float = 0.9
     """Of the averages of each domain's costs."""
-    innocent_weight: float | None = None
-    """How much an innocent user's cost counts against an illegal user's. Default: two thirds of `ratio`. A cost measured tensor
-    by tensor overstates what freezing does to an innocent user, for whom the tensors left free take over, and the more so
-    the more are free; at 1, every tensor that both need stays free."""
+    innocent_weight: float = 1.0
+    """How much a share of an innocent user's gain counts against one of an illegal user's."""
     start: Literal["equal", "random"] = "equal"
     """Scores at the start. 'random' (uniform in [0, 1), as released) shows how much of a mask is its start."""
     mask_seed: int | None = None
     """Seed of random scores; default: run.seed as far as the trainer knows it, 0."""
-
-    @property
-    def innocent_share(self) -> float:
-        """The innocent weight in force."""
-        return 2 / 3 * self.ratio if self.innocent_weight is None else self.innocent_weight
 
     def model_post_init(self, context: Any) -> None:
         """Refuse what cannot run or has no effect."""
@@ -86,6 +84,8 @@ class FreezeAsGuardConfig(Section):
         for name in ("temperature", "mask_lr"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.innocent_weight < 0:
+            raise ValueError(f"innocent_weight must not be negative, got {self.innocent_weight}")
         if self.user_steps < 1:
             raise ValueError(f"user_steps must be at least 1, got {self.user_steps}")
         if self.episode < 0 or self.episode % self.user_steps:
@@ -147,7 +147,8 @@ class FreezeAsGuard(Trainer):
         self.user = GradientMeter(tensors) if config.scheme == "gradient" else build(tensors)
         self.mask = MaskOptimizer(
             self.masked.scores, self.masked.weights, rate=config.mask_lr,
-            decay=config.decay if config.scheme == "learned" else None, innocent_weight=config.innocent_share,
+            decay=config.decay if config.scheme == "learned" else None, innocent_weight=config.innocent_weight,
+            settle=config.episode // config.user_steps or _SETTLE,
         )  # fmt: skip
         return {"user": self.user, "mask": self.mask}
 
@@ -206,6 +207,8 @@ class FreezeAsGuard(Trainer):
         """The hard mask of the present scores, at exactly the wanted ratio."""
         scores, masked = self.scores(), self.masked
         sizes = masked.sizes if self.config.count == "parameters" else None
+        if sizes is not None and self.config.scheme in ("learned", "saliency"):  # what a share of the gain costs in parameters
+            scores = {name: value / sizes[name] for name, value in scores.items()}
         frozen = top_names(scores, self.config.ratio, sizes=sizes)
         begun = top_names(self.first, self.config.ratio, sizes=sizes)
         masked.restart()  # adapters at their start add nothing; displacements never touched the network

@@ -29,8 +29,7 @@ def test_validation_shares_nothing_with_the_report(tmp_path: Path) -> None:
 
 
 def test_the_highest_mean_wins_and_caution_breaks_ties(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # ratio 0.3: weights 1, .5, .2, .3, .2 in the order of the rules
-    values = {1.0: 0.10, 0.5: 0.296, 0.2: 0.30, 0.3: 0.1}
+    values = {1.0: 0.296, 0.6: 0.2, 0.3: 0.30}
     monkeypatch.setattr(choice.Trial, "selectivity", lambda self, world: values[self.scheme.weight])
 
     monkeypatch.setattr(World, "done", lambda self, name, seed: True)
@@ -38,10 +37,10 @@ def test_the_highest_mean_wins_and_caution_breaks_ties(tmp_path: Path, monkeypat
     def chosen() -> dict[str, Any]:
         return choice.choose(tmp_path, [0.3], choice.SCHEMES, [World(manifest="-", folder=tmp_path)] * 2)
 
-    assert chosen()["learned"]["chosen"] == chosen()["saliency"]["chosen"] == "1/2"  # within the tie of 1/5, and before it
-    values[0.5] = 0.29
-    assert chosen()["learned"]["chosen"] == "1/5"
-    assert json.loads((tmp_path / "choice.json").read_text())["learned"]["means"]["2/3 x ratio"] == 0.30
+    assert chosen()["learned"]["chosen"] == chosen()["saliency"]["chosen"] == "1"  # within the tie of 3/10, and before it
+    values[1.0] = 0.29
+    assert chosen()["learned"]["chosen"] == "3/10"
+    assert json.loads((tmp_path / "choice.json").read_text())["learned"]["means"]["1"] == 0.29
 
 
 def test_only_whole_folds_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,8 +55,8 @@ def test_only_whole_folds_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_every_weight_is_tried_once() -> None:
     every = list(choice.trials([0.1, 0.3, 0.5], choice.SCHEMES))
-    assert len(set(every)) == len(every) == 2 * 2 * (5 + 4 + 4)
-    assert {trial.scheme.weight for trial in every if trial.ratio == 0.5} == {1.0, 0.5, 0.2, 0.333333}
+    assert len(set(every)) == len(every) == 2 * 2 * 3 * 3
+    assert {trial.scheme.weight for trial in every if trial.ratio == 0.5} == {1.0, 0.6, 0.3}
 
 
 def test_work_is_shared_and_never_done_twice(tmp_path: Path) -> None:
@@ -93,7 +92,8 @@ def test_every_arm_runs_and_is_printed(
     common += ["--matched", "1"]
     assert freezing_selectivity.main(common) == 0
     printed = capsys.readouterr().out
-    for label in ("learned", "saliency, as many tensors", "saliency, as many parameters", "random, as many of both"):
+    others = ("as many tensors", "as many parameters", "by score per parameter", "by score")
+    for label in ("learned", *(f"saliency, {words}" for words in others), "random, as many of both"):
         assert f"| 30% | {label} |" in printed and (label == "learned" or f"learned minus {label}" in printed)
     arms = {file.stem: json.loads(file.read_text())["ratio"] for file in (tmp_path / "held-out" / "arms").glob("*.json")}
     learned, tensors, share = (
@@ -101,6 +101,8 @@ def test_every_arm_runs_and_is_printed(
         for name in ("learned-w1-r0.3", "saliency-w1-r0.3-tensors", "saliency-w1-r0.3-share-of-learned-w1-r0.3")
     )
     assert abs(learned["parameters"] - share["parameters"]) <= TOLERANCE and learned["tensors"] == tensors["tensors"]
+    for name in ("learned-w1-r0.3-parameters", "saliency-w1-r0.3-parameters", "random-0-like-learned-w1-r0.3-parameters"):
+        assert arms[f"{name}-seed0"]["parameters"] == pytest.approx(0.3, abs=0.03)  # to half of the largest tensor
     before = sorted(file.stat().st_mtime for file in tmp_path.rglob("*.json"))
     freezing_selectivity.main([*common, "--print"])
     assert capsys.readouterr().out == printed[printed.index("| scheme |") :]

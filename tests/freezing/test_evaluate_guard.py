@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 
 from mmalign.errors import ConfigError
 from mmalign.evaluate_guard import evaluate_guard, load_guard_evaluation
+from mmalign.evaluate_guard.bench import Denoising
 from mmalign.evaluate_guard.cost import kept_for_backward
 from mmalign.evaluate_guard.erase import erase
 from mmalign.evaluate_guard.measures import effect, interval
@@ -137,6 +140,29 @@ def test_a_whole_evaluation(mask_file: Path, tmp_path: Path) -> None:
     again = evaluate_guard(CONFIG, overrides)  # everything is there already
     assert again.arms == result.arms
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "arms").iterdir()} == times
+
+
+def test_a_user_who_was_stopped_is_never_scored(
+    mask_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A polite stop in the middle of a user's fine-tuning would otherwise leave an arm that looks finished."""
+    step = Denoising.training_step
+
+    def stopped(self: Denoising, batch: Any, ctx: Any) -> Any:
+        if ctx.step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, batch, ctx)
+
+    monkeypatch.setattr(Denoising, "training_step", stopped)
+    overrides = [
+        f"masks.learned={mask_file}", "random=0",
+        "optim.steps=4", "optim.batch_size=2", "sample.prompts=2", "sample.steps=1", "sample.grid=1",
+        "draws=1", "erase=false", f"data.manifest={ROOT / 'assets' / 'tiny-domains'}", f"run.out={tmp_path / 'out'}",
+        f"model.path={ROOT / 'assets' / 'tiny-sd'}",
+    ]  # fmt: skip
+    with pytest.raises(KeyboardInterrupt, match="the illegal user had 2 of 4 steps; run again to go on"):
+        evaluate_guard(CONFIG, overrides)
+    assert "none" not in {path.stem for path in (tmp_path / "out" / "arms").glob("*.json")}
 
 
 def test_a_judge_that_cannot_be_loaded_is_missing_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,8 @@ def learn(out: Path, resume: bool = False, **more: object) -> Path:
     """A run of 9 steps: four user steps and one mask step for each domain, then four user steps of the first."""
     values: dict[str, object] = {
         "data.manifest": ROOT / "assets" / "tiny-domains", "model.path": ROOT / "assets" / "tiny-sd", "run.out": out,
-        "optim.steps": 10, "optim.batch_size": 2, "method.episode": 4, "run.log_every": 1, "run.save_every": 5,
-        "run.keep_checkpoints": 0,
+        "optim.steps": 10, "optim.batch_size": 2, "method.user_steps": 4, "method.episode": 4, "run.log_every": 1,
+        "run.save_every": 5, "run.keep_checkpoints": 0,
     }  # fmt: skip
     values |= {key.replace("__", "."): value for key, value in more.items()}
     run(CONFIG, [f"{key}={value}" for key, value in values.items()], resume=resume)
@@ -119,8 +119,8 @@ def test_two_processes_make_the_mask_of_one(tmp_path: Path) -> None:
     launch = [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/cpu2.yaml"),
         "--main_process_port", str(20000 + (os.getpid() + 13) % 20000), str(ROOT / "scripts" / "train_freeze_as_guard.py"),
-        "--config", CONFIG, f"run.out={two}", "optim.steps=10", "optim.batch_size=1", "method.episode=4", "run.log_every=1",
-        "run.save_every=10",
+        "--config", CONFIG, f"run.out={two}", "optim.steps=10", "optim.batch_size=1", "method.user_steps=4", "method.episode=4",
+        "run.log_every=1", "run.save_every=10",
     ]  # fmt: skip
     done = subprocess.run(launch, capture_output=True, text=True, env=quiet_environment(), timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -163,7 +163,8 @@ def test_adapters_are_masked_by_layer(tmp_path: Path) -> None:
     [
         (["method.ratio=1.5"], "ratio must be in"),
         (["method.scheme=none"], "scheme 'none' freezes nothing"),
-        (["method.episode=6"], "episode must be a multiple of user_steps"),
+        (["method.episode=5"], "episode must be a multiple of user_steps"),
+        (["method.innocent_weight=-1"], "innocent_weight must not be negative"),
         (["method.episode=0"], "users 'separate' take turns"),
         (["freezing={mask: x.json}"], "makes a mask and trains under none"),
         (["evaluate.every=5"], "makes a mask, to be compared by evaluate-guard"),

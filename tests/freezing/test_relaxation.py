@@ -27,6 +27,23 @@ def test_the_projected_mean_is_exact_and_the_order_stays() -> None:
     assert project_mean(scores, 1.0, temperature=0.2).tolist() == [1.0] * 5
 
 
+def test_a_large_tensor_has_to_earn_its_size() -> None:
+    scores, weights = torch.tensor([1.0, 0.8, -0.4]), torch.tensor([0.7, 0.2, 0.1])
+    price = 3 * weights
+    for ratio in (0.1, 0.5, 0.9):
+        found = project_mean(scores, ratio, temperature=0.2, weights=weights)
+        assert (weights * found).sum().item() == pytest.approx(ratio, abs=1e-6)
+        # one price for all: (T logit(m_i) - x_i) / (N w_i) is the same number
+        shifts = (0.2 * torch.logit(found.double()) - scores) / price
+        assert (shifts - shifts[0]).abs().max().item() < 1e-3
+        torch.testing.assert_close(
+            project_mean(scores + 2.5 * price, ratio, temperature=0.2, weights=weights), found, atol=1e-5, rtol=0
+        )
+    # per parameter 1 / 2.1 against 0.8 / 0.6: the second is frozen first, though its score is lower
+    hard = project_mean(scores, 0.2, temperature=1e-3, weights=weights)
+    assert hard.tolist() == pytest.approx([0.0, 1.0, 0.0], abs=1e-3)
+
+
 def test_the_tangent_keeps_the_mean() -> None:
     assert tangent(torch.tensor([1.0, 2.0, 6.0])).tolist() == [-2.0, -1.0, 3.0]
     weights = torch.tensor([1.0, 2.0])
@@ -178,6 +195,39 @@ def test_the_known_answer(illegal: str, seed: int) -> None:
     scores = dict(zip(masked.names, masked.scores.tolist(), strict=True))
     assert top_names(scores, 0.5) == (illegal,)
     assert masked.soft_mask()[masked.names.index(illegal)] > 0.95
+
+
+def test_the_unit_of_a_user_is_fixed_before_the_mask_takes_a_side() -> None:
+    scores = nn.Parameter(torch.zeros(2))
+    mask = MaskOptimizer(scores, torch.tensor([0.5, 0.5]), rate=0.1, decay=0.0)
+
+    def step(role: str, *costs: float) -> list[float]:
+        mask.role = role  # type: ignore[assignment]
+        scores.grad = torch.tensor(costs)
+        mask.step()
+        return scores.tolist()
+
+    assert step("illegal", 3.0, 1.0) == [0.0, 0.0]  # unit 4
+    # unit 2: (3/4, 1/4) - (1/2, 1/2), one size whatever its length
+    assert step("innocent", 1.0, 1.0) == pytest.approx([0.1, -0.1])
+    # a user who has nearly all he needs asks for little: (3/4, 1/4) - (1/5, 0); as shares it would be (3/4, 1/4) - (1, 0)
+    assert step("innocent", 0.4, 0.0) == pytest.approx([0.2, -0.2])
+    # one who is frozen out asks for more: (3/4, 1/4) - (4, 4/2)
+    assert step("innocent", 8.0, 4.0) == pytest.approx([0.1, -0.1])
+
+
+def test_scores_stay_until_both_users_have_settled() -> None:
+    scores = nn.Parameter(torch.zeros(2))
+    mask = MaskOptimizer(scores, torch.tensor([0.5, 0.5]), rate=0.1, decay=0.9, settle=2)
+    seen = []
+    for role, costs in (("illegal", (2.0, 0.0)), ("illegal", (0.0, 2.0)), ("innocent", (1.0, 0.0)), ("innocent", (3.0, 0.0))):
+        mask.role = role  # type: ignore[assignment]
+        scores.grad = torch.tensor(costs)
+        mask.step()
+        seen.append(scores.tolist())
+    assert seen[:3] == [[0.0, 0.0]] * 3
+    # illegal: the mean (1, 1) over its sum; innocent: (2, 0) over 2
+    assert seen[3] == pytest.approx([-0.1, 0.1])
 
 
 def test_the_meter_moves_nothing_and_averages_magnitudes() -> None:
