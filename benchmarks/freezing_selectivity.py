@@ -21,7 +21,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +40,20 @@ HERE = Path(__file__).resolve()
 COUNTS = ("tensors", "parameters")
 
 
-def arms(world: World, record: dict[str, Any], ratio: float, seed: int, matched: int, count: str) -> list[Arm]:
+def arms(world: World, rules: Mapping[str, str], ratio: float, seed: int, matched: int, count: str) -> list[Arm]:
     """Every mask of one cell, made when it is asked for; the first is the learned one.
 
     Args:
+        rules: the rule of the innocent weight, by scheme.
         count: what the ratio is of. Of tensors: saliency with as many tensors, and with as many parameters. Of parameters:
             saliency by score per parameter, as mask learning chooses then, and by score alone.
     """
-    weights = {name: choice.weight_of(record[name]["chosen"], ratio) for name in choice.SCHEMES if name in record}
+    weights = {name: choice.weight_of(rule, ratio) for name, rule in rules.items()}
     best = Scheme(name="learned", weight=weights["learned"], count=count)
-    # One as defined; one more where a weight was chosen for it too.
+    # One as defined; one more where it gets another weight too.
     others = {"saliency": Scheme(name="saliency", weight=1.0)}
     if weights.get("saliency", 1.0) != 1.0:
-        others["saliency, weight chosen"] = Scheme(name="saliency", weight=weights["saliency"])
+        others[f"saliency of weight {weights['saliency']:g}"] = Scheme(name="saliency", weight=weights["saliency"])
     like = best.key(ratio)
 
     def learned() -> FreezeMask:
@@ -97,6 +98,12 @@ class Run:
                 choice.choose(self.out, self.options.ratios, self.options.schemes, self.folds)
         return dict(json.loads(file.read_text()))
 
+    def rules(self) -> dict[str, str]:
+        """What is measured with: what was chosen, or what the command line says, then for saliency as well."""
+        if self.options.weight is not None:
+            return dict.fromkeys(choice.SCHEMES, self.options.weight)
+        return {name: found["chosen"] for name, found in self.record().items() if name in choice.SCHEMES}
+
     def choosing(self, fold: int) -> Iterator[Job]:
         """Users without a mask, which the others need, then every trial of a fold."""
         every = [trial for trial in choice.trials(self.options.ratios, self.options.schemes) if trial.fold == fold]
@@ -108,13 +115,13 @@ class Run:
 
     def measuring(self) -> Iterator[Job]:
         """Of every cell the learned mask before those that are matched with it."""
-        record = self.record()
+        rules = self.rules()
         cells = [(seed, ratio) for seed in self.options.seeds for ratio in self.options.ratios]
         for seed in self.options.seeds:
             yield from self._plain(self.world, seed)
-        for count, first in itertools.product(COUNTS, (True, False)):
+        for count, first in itertools.product(self.options.counts, (True, False)):
             for seed, ratio in cells:
-                found = arms(self.world, record, ratio, seed, self.options.matched, count)
+                found = arms(self.world, rules, ratio, seed, self.options.matched, count)
                 for arm in found[:1] if first else found[1:]:
                     yield self._job(self.world, arm.name, seed, functools.partial(self.world.losses, arm.name, arm.mask, seed))
 
@@ -137,14 +144,15 @@ class Run:
 
     def show(self) -> str:
         """The tables of everything that is finished."""
-        record, parts = self.record(), []
-        for count in COUNTS:
+        record, rules, parts = self.record(), self.rules(), []
+        for count in self.options.counts:
             cells = {
-                (ratio, seed): arms(self.world, record, ratio, seed, self.options.matched, count)
+                (ratio, seed): arms(self.world, rules, ratio, seed, self.options.matched, count)
                 for ratio in self.options.ratios for seed in self.options.seeds
             }  # fmt: skip
             whole = {key: found for key, found in cells.items() if all(self.world.done(arm.name, key[1]) for arm in found)}
-            parts.append(f"Ratios of {count}:\n\n" + tables(self.world, whole, self.options.ratios, name=count))
+            name = count + ("" if self.options.weight is None else f"-{self.options.weight.replace('/', '_')}")
+            parts.append(f"Ratios of {count}:\n\n" + tables(self.world, whole, self.options.ratios, name=name))
         return choice.text_of(record) + "\n\n" + "\n\n".join(parts)
 
 
@@ -180,6 +188,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--user-steps", type=int, default=30)
     parser.add_argument("--shortened", type=int, default=1, help="divide mask learning by this, to try the path")
     parser.add_argument("--schemes", nargs="+", choices=choice.SCHEMES, default=["learned"], help="whose weight is chosen")
+    parser.add_argument("--weight", choices=list(choice.RULES), help="measure with this innocent weight, not the chosen one")
+    parser.add_argument("--counts", nargs="+", choices=COUNTS, default=list(COUNTS), help="what ratios are of")
     parser.add_argument("--choose-until", type=float, default=float("inf"), help="seconds; then only whole folds count")
     parser.add_argument("--only", choices=["choose", "measure"], help="one part")
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
@@ -203,11 +213,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.print:
             run.all()
         print(choice.text_of(run.record()) if options.only == "choose" else run.show())
-        best = Scheme(name="learned", weight=choice.weight_of(run.record()["learned"]["chosen"], 0.3))
+        best = Scheme(name="learned", weight=choice.weight_of(run.rules()["learned"], 0.3))
         if options.echo:
             print(echo(run.world, best, 0, 0.3))
         if options.sweep:
-            found = arms(run.world, run.record(), 0.3, 0, options.matched, "tensors")
+            found = arms(run.world, run.rules(), 0.3, 0, options.matched, "tensors")
             print(sweep(run.world, [found[0], found[2], found[-1]], 0, 0.3, options.sweep))
     except MmalignError as error:
         print(error, file=sys.stderr)
