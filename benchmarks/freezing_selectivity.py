@@ -50,10 +50,7 @@ def arms(world: World, rules: Mapping[str, str], ratio: float, seed: int, matche
     """
     weights = {name: choice.weight_of(rule, ratio) for name, rule in rules.items()}
     best = Scheme(name="learned", weight=weights["learned"], count=count)
-    # One as defined; one more where it gets another weight too.
-    others = {"saliency": Scheme(name="saliency", weight=1.0)}
-    if weights.get("saliency", 1.0) != 1.0:
-        others[f"saliency of weight {weights['saliency']:g}"] = Scheme(name="saliency", weight=weights["saliency"])
+    once = Scheme(name="saliency", weight=1.0)
     like = best.key(ratio)
 
     def learned() -> FreezeMask:
@@ -71,10 +68,13 @@ def arms(world: World, rules: Mapping[str, str], ratio: float, seed: int, matche
 
     found = [Arm("learned", like, learned)]
     words = ("as many tensors", "as many parameters") if count == "tensors" else ("by score per parameter", "by score")
-    for label, scheme in others.items():
-        key = f"saliency-w{scheme.weight:.4g}-r{ratio:g}"
-        found.append(Arm(f"{label}, {words[0]}", f"{key}-{count}", plain(scheme)))
-        found.append(Arm(f"{label}, {words[1]}", f"{key}-share-of-{like}", share(scheme)))
+    key = f"saliency-w1-r{ratio:g}"
+    found.append(Arm(f"saliency, {words[0]}", f"{key}-{count}", plain(once)))
+    found.append(Arm(f"saliency, {words[1]}", f"{key}-share-of-{like}", share(once)))
+    if weights.get("saliency", 1.0) != 1.0:  # one more of another weight
+        other = Scheme(name="saliency", weight=weights["saliency"])
+        key = f"saliency-w{other.weight:.4g}-r{ratio:g}"
+        found.append(Arm(f"saliency of weight {other.weight:g}, {words[0]}", f"{key}-{count}", plain(other)))
     return found + [Arm("random, as many of both", f"random-{number}-like-{like}", chance(number)) for number in range(matched)]
 
 
@@ -143,14 +143,19 @@ class Run:
             share(list(self.measuring()))
 
     def show(self) -> str:
-        """The tables of everything that is finished."""
+        """The tables of all masks that are finished for every seed, and of ratios where the learned one is."""
         record, rules, parts = self.record(), self.rules(), []
         for count in self.options.counts:
             cells = {
                 (ratio, seed): arms(self.world, rules, ratio, seed, self.options.matched, count)
                 for ratio in self.options.ratios for seed in self.options.seeds
             }  # fmt: skip
-            whole = {key: found for key, found in cells.items() if all(self.world.done(arm.name, key[1]) for arm in found)}
+            kept = {
+                (ratio, seed): [arm for place, arm in enumerate(found)
+                                if all(self.world.done(cells[ratio, other][place].name, other) for other in self.options.seeds)]
+                for (ratio, seed), found in cells.items()
+            }  # fmt: skip
+            whole = {key: found for key, found in kept.items() if len(found) > 1 and found[0].label == "learned"}
             name = count + ("" if self.options.weight is None else f"-{self.options.weight.replace('/', '_')}")
             parts.append(f"Ratios of {count}:\n\n" + tables(self.world, whole, self.options.ratios, name=name))
         return choice.text_of(record) + "\n\n" + "\n\n".join(parts)
