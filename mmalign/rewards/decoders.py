@@ -53,7 +53,7 @@ class ProcessDecoders:
         decoded here, because there is no room for it. May be called from several threads, which are as many chunks under way.
 
         Args:
-            items: encoded files as `Picture`, or what `names_file` knows as a file to be read. The digest of a file that cannot
+            items: encoded files as `Picture`, or what `named_file` knows as a file to be read. The digest of a file that cannot
                 be read is empty.
 
         Raises:
@@ -115,11 +115,13 @@ class ProcessDecoders:
             return self._pool
 
 
-def names_file(entry: Any) -> bool:
-    """Whether a picture is given by the place of its file, so that it can be read elsewhere."""
+def named_file(entry: Any) -> str | None:
+    """The path of a picture that is given by its file, so that it can be read elsewhere; None for all others."""
     if isinstance(entry, Mapping):
-        return entry.get("bytes") is None and entry.get("path") is not None
-    return isinstance(entry, str | Path) or (isinstance(entry, ImageRef) and entry.data is None)
+        return str(entry["path"]) if entry.get("bytes") is None and entry.get("path") is not None else None
+    if isinstance(entry, ImageRef):
+        return entry.path if entry.data is None else None
+    return str(entry) if isinstance(entry, str | Path) else None
 
 
 def _runs(made: Sequence[_Made | None]) -> list[list[int]]:

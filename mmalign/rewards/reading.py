@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmalign.media import PLAIN, Colours, Limits, MediaError
-from mmalign.rewards.decoders import CHUNK, ProcessDecoders, names_file
+from mmalign.rewards.decoders import CHUNK, ProcessDecoders, named_file
 from mmalign.rewards.decoding import Loaded, Wanted, load_picture
 from mmalign.rewards.inputs import Picture, read_picture
 from mmalign.rewards.preprocess import Preprocess
@@ -88,14 +88,14 @@ class Reader:
         return Window(start=start, digests=digests, pictures=pictures)
 
     def _read_files(self, objects: Mapping[int, Any], pool: ThreadPoolExecutor) -> dict[int, tuple[bytes, Loaded]]:
-        """Pictures that name files, read and decoded by processes in one go; files of one name once. The others, and those that
-        processes have no room for, are not in the result."""
+        """Pictures that name files, read and decoded by processes in one go, each file once. Not in the result: other pictures,
+        those that processes have no room for, and files that cannot be read, of which each row has its own to say."""
         if self.decoders is None or self.wanted.keep_image:
             return {}
-        names = {key: repr(entry) for key, entry in objects.items() if names_file(entry)}
-        distinct = {name: objects[key] for key, name in reversed(names.items())}
+        paths = {key: path for key, entry in objects.items() if (path := named_file(entry)) is not None}
+        distinct = {path: objects[key] for key, path in reversed(paths.items())}
         found = dict(zip(distinct, self._in_chunks(list(distinct.values()), pool), strict=True))
-        return {key: made for key, name in names.items() if (made := found[name]) is not None}
+        return {key: made for key, path in paths.items() if (made := found[path]) is not None and made[0]}
 
     def _load_all(self, pictures: Sequence[Picture | MediaError], pool: ThreadPoolExecutor) -> list[Loaded]:
         found: list[Loaded | None] = [None] * len(pictures)

@@ -6,9 +6,10 @@ import io
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -108,6 +109,30 @@ def test_pictures_come_back_whole_for_a_device_that_resizes(decoders: ProcessDec
         assert all(torch.equal(one.pixels[key], other.pixels[key]) for key in rules)
         whole += one.pixel_digests != other.pixel_digests  # named after the file, not after their pixels
     assert whole == 2 * CHUNK + 6 - 7  # the last are read first: three and the odd one, four, and then the size is known
+
+
+def test_a_file_in_many_rows_is_read_once_and_rows_speak_for_themselves(
+    decoders: ProcessDecoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad, copy = tmp_path / "good.jpg", tmp_path / "none.jpg", tmp_path / "copy.jpg"
+    for file in (good, copy):
+        file.write_bytes(jpeg(60, 50))
+    rows = [ImageRef(path=str(path), label=f"row {number}") for number, path in enumerate([good, bad, good, bad, copy, good])]
+    asked: list[int] = []
+    load = decoders.load
+
+    def counted(items: Sequence[Any], *rest: Any) -> Any:
+        asked.append(len(items))
+        return load(items, *rest)
+
+    monkeypatch.setattr(decoders, "load", counted)
+    rules = {"clip_tv:32": Preprocess("clip_tv", 32)}
+    reader = Reader(rules, keep_image=False, limits=Wanted(rules={}).limits, decoders=decoders)
+    with ThreadPoolExecutor(2) as pool:
+        found = reader.read(rows, 40, pool)
+    assert asked == [3] and found.decoded == 1  # three files; two of them are one picture
+    assert len({found.digests[row] for row in (0, 2, 4, 5)}) == 1
+    assert [(found.pictures[found.digests[row]].message or "")[:5] for row in (1, 3)] == ["row 1", "row 3"]
 
 
 def test_scores_with_decoding_processes_are_the_same(clip_folder: Path, decoders: ProcessDecoders) -> None:
