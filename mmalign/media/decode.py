@@ -9,6 +9,7 @@ shown as they say (``media.dicom``). Each of these is recorded as a flag. Not fo
 from __future__ import annotations
 
 import io
+import stat
 import struct
 import threading
 import zlib
@@ -201,7 +202,10 @@ class _Unsupported(Exception):
 
 def _read_file(path: Path, limits: Limits, source: str) -> bytes:
     try:
-        size = path.stat().st_size
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe never ends its wait, a device never its bytes
+            raise MediaError(reason="missing_image", detail="this is no regular file", source=source)
+        size = found.st_size
         if size > limits.max_bytes:
             raise MediaError(reason="too_large", detail=f"{size} bytes, limit {limits.max_bytes}", source=source)
         return path.read_bytes()

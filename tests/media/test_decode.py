@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import threading
 import zlib
@@ -179,6 +180,15 @@ def test_what_is_no_picture(tmp_path: Path) -> None:
     assert reason(tmp_path / "absent.png") == "missing_image"
     assert reason(tmp_path) == "missing_image"
     assert reason(str(tmp_path / "nul\x00.png")) == "missing_image"
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    for place in (pipe, tmp_path, Path("/dev/zero")):
+        with pytest.raises(MediaError, match="no regular file") as caught:
+            open_image(place)
+        assert caught.value.reason == "missing_image"
 
 
 def test_the_name_is_not_trusted(tmp_path: Path) -> None:
