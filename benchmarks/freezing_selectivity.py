@@ -1,14 +1,14 @@
 """Selectivity of learned freeze masks in the embedded world, against random masks and one-shot saliency of equal share.
 
-    python benchmarks/freezing_selectivity.py --jobs 2          # chooses the weight on validation domains, measures, prints
+    python benchmarks/freezing_selectivity.py --jobs 2          # chooses the weight, measures, prints
     python benchmarks/freezing_selectivity.py --print           # prints what is there
     python benchmarks/freezing_selectivity.py --only choose     # the first part
 
-Two parts. `choose` sets how much an innocent user's cost counts, on persons and papers of the split `learn` alone
-(benchmarks/freezing_choice.py has the rule). `measure` learns masks on the split `learn`, lets users fine-tune on other persons
-and papers, and scores them there: per seed and ratio, of tensors and of parameters, the learned mask; saliency masks with as
-many tensors and as many parameters frozen; and random masks with as many of both. Every finished arm is a file below --out: a
-killed run continues where it stopped, and processes that are given the same folder share the work.
+Three groups of persons and papers that share nobody. Masks are learnt on the first. `choose` sets how much an innocent user's
+cost counts by users of the second (benchmarks/freezing_choice.py has the rule). `measure` lets users fine-tune on the third and
+scores them there: per seed and ratio, of tensors and of parameters, the learned mask; saliency masks with as many tensors and as
+many parameters frozen; and random masks with as many of both. Every finished arm is a file below --out: a killed run continues
+where it stopped, and processes that are given the same folder share the work.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 import freezing_choice as choice
 import numpy as np
 from filelock import FileLock, Timeout
-from freezing_study import FOLDS, Scheme, World, held_out, validation
+from freezing_study import Scheme, World, second_group, third_group
 from freezing_tables import Arm, echo, sweep, tables
 
 from mmalign.errors import MmalignError
@@ -87,15 +87,15 @@ class Run:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.out = options, Path(options.out)
-        self.world = held_out(self.out, options.user_steps, options.shortened)
-        self.folds = [validation(self.out, fold, options.user_steps, options.shortened) for fold in range(len(FOLDS))]
+        self.choice = second_group(self.out, options.user_steps, options.shortened)
+        self.world = third_group(self.choice, self.out)
 
     def record(self) -> dict[str, Any]:
         """The choice: made once, so that processes that share the work agree on it."""
         file = self.out / "choice.json"
         with FileLock(file.with_suffix(".lock")):
             if not file.is_file():
-                choice.choose(self.out, self.options.ratios, self.options.schemes, self.folds)
+                choice.choose(self.out, self.options.ratios, self.options.schemes, self.options.seeds, self.choice)
         return dict(json.loads(file.read_text()))
 
     def rules(self) -> dict[str, str]:
@@ -104,14 +104,12 @@ class Run:
             return dict.fromkeys(choice.SCHEMES, self.options.weight)
         return {name: found["chosen"] for name, found in self.record().items() if name in choice.SCHEMES}
 
-    def choosing(self, fold: int) -> Iterator[Job]:
-        """Users without a mask, which the others need, then every trial of a fold."""
-        every = [trial for trial in choice.trials(self.options.ratios, self.options.schemes) if trial.fold == fold]
-        for seed in dict.fromkeys(trial.seed for trial in every):
-            yield from self._plain(self.folds[fold], seed)
-        for trial in every:
-            world = self.folds[trial.fold]
-            yield self._job(world, trial.name, trial.seed, functools.partial(trial.selectivity, world))
+    def choosing(self) -> Iterator[Job]:
+        """Users without a mask, which the others need, then every trial."""
+        for seed in self.options.seeds:
+            yield from self._plain(self.choice, seed)
+        for trial in choice.trials(self.options.ratios, self.options.schemes, self.options.seeds):
+            yield self._job(self.choice, trial.name, trial.seed, functools.partial(trial.selectivity, self.choice))
 
     def measuring(self) -> Iterator[Job]:
         """Of every cell the learned mask before those that are matched with it."""
@@ -134,10 +132,8 @@ class Run:
 
     def all(self) -> None:
         """Both parts, or the one that is asked for."""
-        until = time.monotonic() + self.options.choose_until
         if self.options.only in (None, "choose") and not (self.out / "choice.json").is_file():
-            for fold in range(len(FOLDS)):
-                share(list(self.choosing(fold)), until=until if fold else None)
+            share(list(self.choosing()))
             self.record()
         if self.options.only in (None, "measure"):
             share(list(self.measuring()))
@@ -161,17 +157,11 @@ class Run:
         return choice.text_of(record) + "\n\n" + "\n\n".join(parts)
 
 
-def share(jobs: list[Job], *, until: float | None = None) -> None:
-    """Do what nobody else is doing, and wait for the rest; a process that dies leaves its job to the others.
-
-    Args:
-        until: on the monotonic clock; nothing is begun, and nobody waited for, after that.
-    """
+def share(jobs: list[Job]) -> None:
+    """Do what nobody else is doing, and wait for the rest; a process that dies leaves its job to the others."""
     while jobs:
         left = []
         for lock, done, do in jobs:
-            if until is not None and time.monotonic() > until:
-                return
             lock.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with FileLock(lock, timeout=0):
@@ -192,10 +182,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--matched", type=int, default=1, help="random masks per seed and ratio")
     parser.add_argument("--user-steps", type=int, default=30)
     parser.add_argument("--shortened", type=int, default=1, help="divide mask learning by this, to try the path")
-    parser.add_argument("--schemes", nargs="+", choices=choice.SCHEMES, default=["learned"], help="whose weight is chosen")
+    every = list(choice.SCHEMES)
+    parser.add_argument("--schemes", nargs="+", choices=every, default=every, help="whose weight is chosen")
     parser.add_argument("--weight", choices=list(choice.RULES), help="measure with this innocent weight, not the chosen one")
     parser.add_argument("--counts", nargs="+", choices=COUNTS, default=list(COUNTS), help="what ratios are of")
-    parser.add_argument("--choose-until", type=float, default=float("inf"), help="seconds; then only whole folds count")
     parser.add_argument("--only", choices=["choose", "measure"], help="one part")
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
     parser.add_argument("--sweep", type=int, nargs="*", default=[], help="further user steps for seed 0 at 30 %%")

@@ -8,8 +8,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from filelock import FileLock
@@ -25,6 +27,7 @@ from mmalign.freezing import FreezeMask
 from mmalign.freezing.baselines import matched_random, matched_scored
 from mmalign.freezing.masked import ROLES
 from mmalign.freezing.relaxation import top_names
+from mmalign.world.domains import domain_rows
 
 CONFIG = "configs/tiny/freeze_as_guard.yaml"
 DOMAINS = "assets/tiny-domains"
@@ -33,13 +36,9 @@ USER = {"lr": 5e-4, "steps": 30, "batch_size": 8, "weight_decay": 0.0}
 STEPS = {"learned": 180, "saliency": 60}
 """Of mask learning: what configs/tiny/freeze_as_guard.yaml says, and one fine-tuning of the joint user."""
 ONE_SHOT = ("method.scheme=saliency", "method.users=joint", "method.episode=0", "method.user_steps=4")
-FOLDS = (
-    ({"ann", "cai", "rows", "slant"}, {"bob", "dov", "dots"}),
-    ({"bob", "dov", "dots", "slant"}, {"ann", "cai", "rows"}),
-)
-"""Persons and papers of the split `learn`: what a mask is learnt from, and what it is validated on. What masks are reported on is
-in neither. Nothing is validated on ``slant``: the published model draws it nearly as well as a user does, so that the share of
-a user's gain that a mask takes would be noise."""
+REPORTED = {"adapt": 256, "test": 128}
+"""Splits of the third group, and pictures of each role."""
+REPORTED_SEED = 72
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,12 +67,16 @@ class World:
     user_steps: int = 30
     shortened: int = 1
     """Mask learning is divided by this; 1 for every figure that is reported."""
+    source: World | None = None
+    """Where masks are learnt, if not here."""
     _bench: GuardBench | None = field(default=None, repr=False)
 
     # Masks
 
     def scored(self, scheme: Scheme, *, ratio: float, seed: int, more: tuple[str, ...] = (), name: str = "") -> FreezeMask:
         """The mask of a run of mask learning, run if it is not there."""
+        if self.source is not None:
+            return self.source.scored(scheme, ratio=ratio, seed=seed, more=more, name=name)
         folder = self.folder / "masks" / f"{name or scheme.key(ratio)}-seed{seed}"
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{folder.name}.lock")):  # several jobs may need one mask
@@ -164,30 +167,33 @@ class World:
         return effect(base, full, self.losses(name, mask, seed, steps=steps), seed=seed)
 
 
-def held_out(out: Path, user_steps: int, shortened: int = 1) -> World:
-    """The world that is reported."""
-    return World(manifest=DOMAINS, folder=out / "held-out", user_steps=user_steps, shortened=shortened)
+def second_group(out: Path, user_steps: int, shortened: int = 1) -> World:
+    """Masks of the split `learn` under users of the second group: what the innocent weight is chosen on."""
+    return World(manifest=DOMAINS, folder=out / "chosen-on", user_steps=user_steps, shortened=shortened)
 
 
-def validation(out: Path, fold: int, user_steps: int, shortened: int = 1) -> World:
-    """A table made of the split `learn` alone; of what is validated on, every third row is scored, the others are the user's."""
-    folder = out / f"validation-{fold}"
+def third_group(masks: World, out: Path) -> World:
+    """The same masks under users of the third group, which the embedded table does not have and nothing was chosen on."""
+    folder = out / "reported"
     file = folder / "domains" / "part-00000.parquet"
     if not file.is_file():
-        learnt, judged = FOLDS[fold]
-        table = pq.read_table(Path(DOMAINS) / "part-00000.parquet")
-        rows, seen = [], dict.fromkeys(judged, 0)
-        for row in table.to_pylist():
-            if row["split"] == "learn" and row["domain"] in learnt:
-                rows.append(row)
-            elif row["split"] == "learn" and row["domain"] in judged:
-                seen[row["domain"]] += 1
-                rows.append({**row, "split": "test" if seen[row["domain"]] % 3 == 0 else "adapt"})
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f".{os.getpid()}.parquet")
-        pq.write_table(type(table).from_pylist(rows, schema=table.schema), part)
-        part.rename(file)
-    return World(manifest=str(file.parent), folder=folder, user_steps=user_steps, shortened=shortened)
+        schema = pq.read_schema(Path(DOMAINS) / "part-00000.parquet")
+        rows = [
+            row for place, (split, number) in enumerate(REPORTED.items())
+            for row in domain_rows(split, group=2, number=number, seed=REPORTED_SEED, stream=10 * place)
+        ]  # fmt: skip
+        _write(file, rows, schema)
+    return World(
+        manifest=str(file.parent), folder=folder, user_steps=masks.user_steps, shortened=masks.shortened, source=masks
+    )
+
+
+def _write(file: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    """Whole or not at all, whoever else writes it too."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{os.getpid()}.parquet")
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), part)
+    part.rename(file)
 
 
 def sizes(mask: FreezeMask) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The selectivity benchmark at sizes where its figures mean nothing: what is validated on, the rule of the choice, every arm."""
+"""The selectivity benchmark at sizes where its figures mean nothing: who is in which group, the rule of the choice, every arm."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ import freezing_choice as choice
 import freezing_selectivity
 import pytest
 from filelock import FileLock
-from freezing_study import DOMAINS, FOLDS, Scheme, World, validation
+from freezing_study import Scheme, World, second_group, third_group
 
 from mmalign.data.domains import open_domains
 from mmalign.freezing.baselines import TOLERANCE, matched_scored
+from mmalign.world.domains import PATTERNS, PERSONS
 
 
-def test_validation_shares_nothing_with_the_report(tmp_path: Path) -> None:
-    splits = ("learn", "adapt", "test")
-    reported = open_domains(DOMAINS, progress=False)
-    judged = {reported[row].domain for split in splits[1:] for rows in reported.rows(split).values() for row in rows}
-    for fold, (learnt, validated) in enumerate(FOLDS):
-        table = open_domains(validation(tmp_path, fold, 1).manifest, progress=False)
-        found = {split: {table[row].domain for rows in table.rows(split).values() for row in rows} for split in splits}
-        assert found == {"learn": learnt, "adapt": validated, "test": validated}
-        assert not (learnt | validated) & judged and not learnt & validated
-    assert set().union(*(learnt for learnt, _ in FOLDS)) == {"ann", "bob", "cai", "dov", "dots", "rows", "slant"}
+def test_what_is_learnt_from_chosen_on_and_reported_shares_nobody(tmp_path: Path) -> None:
+    chosen_on = second_group(tmp_path, 1)
+    table, reported = (open_domains(world.manifest, progress=False) for world in (chosen_on, third_group(chosen_on, tmp_path)))
+
+    def domains(table: Any, *splits: str) -> set[str]:
+        return {table[row].domain for split in splits for rows in table.rows(split).values() for row in rows}
+
+    groups = [domains(table, "learn"), domains(table, "adapt", "test"), domains(reported, "adapt", "test")]
+    assert groups == [{*PERSONS[group], *PATTERNS[group]} for group in range(3)]
+    assert len(set().union(*groups)) == sum(len(group) for group in groups)
+    assert domains(reported, "adapt") == domains(reported, "test")
 
 
 def test_the_highest_mean_wins_and_caution_breaks_ties(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    values = {1.0: 0.296, 0.6: 0.2, 0.3: 0.30}
+    values = {1.0: 0.296, 0.3: 0.30}
     monkeypatch.setattr(choice.Trial, "selectivity", lambda self, world: values[self.scheme.weight])
 
-    monkeypatch.setattr(World, "done", lambda self, name, seed: True)
-
     def chosen() -> dict[str, Any]:
-        return choice.choose(tmp_path, [0.3], choice.SCHEMES, [World(manifest="-", folder=tmp_path)] * 2)
+        return choice.choose(tmp_path, [0.3], choice.SCHEMES, [0, 1], World(manifest="-", folder=tmp_path))
 
     assert chosen()["learned"]["chosen"] == chosen()["saliency"]["chosen"] == "1"  # within the tie of 3/10, and before it
     values[1.0] = 0.29
@@ -43,20 +43,10 @@ def test_the_highest_mean_wins_and_caution_breaks_ties(tmp_path: Path, monkeypat
     assert json.loads((tmp_path / "choice.json").read_text())["learned"]["means"]["1"] == 0.29
 
 
-def test_only_whole_folds_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice.Trial, "selectivity", lambda self, world: self.scheme.weight)
-    worlds = [World(manifest="-", folder=tmp_path / str(fold)) for fold in range(2)]
-    monkeypatch.setattr(World, "done", lambda self, name, seed: self is worlds[0] or "w0.3" not in name)
-    assert choice.choose(tmp_path, [0.3], ["learned"], worlds)["folds"] == [0]
-    monkeypatch.setattr(World, "done", lambda self, name, seed: False)
-    with pytest.raises(choice.EvaluationError, match="no fold of the choice is finished"):
-        choice.choose(tmp_path, [0.3], ["learned"], worlds)
-
-
 def test_every_weight_is_tried_once() -> None:
-    every = list(choice.trials([0.1, 0.3, 0.5], choice.SCHEMES))
-    assert len(set(every)) == len(every) == 2 * 2 * 3 * 3
-    assert {trial.scheme.weight for trial in every if trial.ratio == 0.5} == {1.0, 0.6, 0.3}
+    every = list(choice.trials([0.1, 0.3, 0.5], choice.SCHEMES, [0, 1]))
+    assert len(set(every)) == len(every) == 2 * 2 * 3 * 2
+    assert {trial.scheme.weight for trial in every if trial.ratio == 0.5} == {1.0, 0.3}
 
 
 def test_work_is_shared_and_never_done_twice(tmp_path: Path) -> None:
@@ -95,7 +85,7 @@ def test_every_arm_runs_and_is_printed(
     others = ("as many tensors", "as many parameters", "by score per parameter", "by score")
     for label in ("learned", *(f"saliency, {words}" for words in others), "random, as many of both"):
         assert f"| 30% | {label} |" in printed and (label == "learned" or f"learned minus {label}" in printed)
-    arms = {file.stem: json.loads(file.read_text())["ratio"] for file in (tmp_path / "held-out" / "arms").glob("*.json")}
+    arms = {file.stem: json.loads(file.read_text())["ratio"] for file in (tmp_path / "reported" / "arms").glob("*.json")}
     learned, tensors, share = (
         arms[f"{name}-seed0"]
         for name in ("learned-w1-r0.3", "saliency-w1-r0.3-tensors", "saliency-w1-r0.3-share-of-learned-w1-r0.3")
