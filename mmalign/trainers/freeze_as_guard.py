@@ -69,8 +69,8 @@ class FreezeAsGuardConfig(Section):
     decay: float = 0.9
     """Of the averages of each domain's costs."""
     innocent_weight: float = 0.3
-    """How much a share of an innocent user's gain counts against one of an illegal user's; 1 gives cautious masks. 0.3 was the better
-    of the two on persons and papers that no mask is learnt from or reported on (docs/freezing.md)."""
+    """How much a share of an innocent user's gain counts against one of an illegal user's; 1 gives cautious masks. 0.3 was the
+    better of the two on persons and papers that no mask is learnt from or reported on (docs/freezing.md)."""
     start: Literal["equal", "random"] = "equal"
     """Scores at the start. 'random' (uniform in [0, 1), as released) shows how much of a mask is its start."""
     mask_seed: int | None = None
