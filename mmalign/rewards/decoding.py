@@ -12,8 +12,8 @@ from typing import Final
 from PIL import Image
 from torch import Tensor
 
-from mmalign.media import DEFAULT, PLAIN, Colours, Limits, MediaError
-from mmalign.rewards.inputs import Picture
+from mmalign.media import PLAIN, Colours, Limits, MediaError
+from mmalign.rewards.inputs import SCORED, Picture
 from mmalign.rewards.preprocess import Preprocess
 from mmalign.rewards.staging import DeviceResize
 
@@ -81,7 +81,7 @@ class Wanted:
     rules: Mapping[str, Preprocess]
     """By key."""
     keep_image: bool = False
-    limits: Limits = DEFAULT
+    limits: Limits = SCORED
     colours: Colours = PLAIN
 
     def decodings(self) -> list[dict[str, Preprocess]]:

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmalign.media import DEFAULT, PLAIN, Colours, Limits
+from mmalign.media import PLAIN, Colours, Limits
 from mmalign.rewards.base import Backend, Details, DirectBackend, EncodingBackend, Texts, User
 from mmalign.rewards.batching import EncodeEach, batch_for, in_batches, stack_padded
 from mmalign.rewards.decoders import SLOTS_EACH, ProcessDecoders
 from mmalign.rewards.decoding import Wanted, whole_picture
 from mmalign.rewards.errors import InputError, ScoringError
+from mmalign.rewards.inputs import SCORED
 from mmalign.rewards.launching import Encoded, Launched, pair_rows, windows
 from mmalign.rewards.prefixes import Group, Hashes, group_encoders
 from mmalign.rewards.reading import Reader, Window, default_workers
@@ -68,7 +69,7 @@ class Engine:
         backends: Sequence[Backend],
         *,
         workers: int | None = None,
-        limits: Limits = DEFAULT,
+        limits: Limits = SCORED,
         compile: bool = False,
         colours: Colours = PLAIN,
         decode_workers: int = 0,

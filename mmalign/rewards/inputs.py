@@ -15,11 +15,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mmalign.media import DEFAULT, PLAIN, Colours, Decoded, Limits, MediaError, decode_image, read_bytes
+from mmalign.media import PLAIN, Colours, Decoded, Limits, MediaError, decode_image, read_bytes
 from mmalign.media.decode import strict_decoding
 from mmalign.rewards.base import User
 from mmalign.rewards.errors import InputError
 from mmalign.types import ImageRef
+
+SCORED = Limits(max_side=16_384)
+"""What is scored. Tables may hold longer pictures, whose shape their own rule judges."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +148,7 @@ def check_range(pixels: Tensor) -> None:
         raise InputError(f"float pixels must be in [0, 1], got [{low:g}, {high:g}]: data in [-1, 1]? map or clamp it")
 
 
-def read_picture(entry: Any, limits: Limits = DEFAULT, *, clip: bool = False) -> Picture:
+def read_picture(entry: Any, limits: Limits = SCORED, *, clip: bool = False) -> Picture:
     """Identify one picture without decoding it; `clip` as in `as_sequence`.
 
     Raises:

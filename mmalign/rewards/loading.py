@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 
 from mmalign.errors import RewardError
-from mmalign.media import DEFAULT, PLAIN, Colours, Limits
+from mmalign.media import PLAIN, Colours, Limits
 from mmalign.rewards import catalogue as _catalogue  # noqa: F401  (registers the built-in rewards)
 from mmalign.rewards.base import Backend, EncodingBackend
 from mmalign.rewards.cards import Card
+from mmalign.rewards.inputs import SCORED
 from mmalign.rewards.scorer import Scorer, ScorerSet
 from mmalign.rewards.table import CARDS, REWARDS, Factory, LoadRequest
 
@@ -27,12 +28,12 @@ Paths = str | Path | Mapping[str, str | Path] | None
 
 @overload
 def load(name: str, path: Paths = None, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
-         *, workers: int | None = None, limits: Limits = DEFAULT, local_files_only: bool = False, compile: bool = False,
+         *, workers: int | None = None, limits: Limits = SCORED, local_files_only: bool = False, compile: bool = False,
          colours: Colours = PLAIN, decode_workers: int = 0, decode: str = "full", fast_preprocess: bool = False,
          **options: Any) -> Scorer: ...  # fmt: skip
 @overload
 def load(name: Sequence[str], path: Paths = None, device: str | torch.device | None = None,
-         dtype: str | torch.dtype | None = None, *, workers: int | None = None, limits: Limits = DEFAULT,
+         dtype: str | torch.dtype | None = None, *, workers: int | None = None, limits: Limits = SCORED,
          local_files_only: bool = False, compile: bool = False, colours: Colours = PLAIN, decode_workers: int = 0,
          decode: str = "full", fast_preprocess: bool = False, **options: Any) -> ScorerSet: ...  # fmt: skip
 def load(
@@ -42,7 +43,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     *,
     workers: int | None = None,
-    limits: Limits = DEFAULT,
+    limits: Limits = SCORED,
     local_files_only: bool = False,
     compile: bool = False,
     colours: Colours = PLAIN,

@@ -8,12 +8,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from mmalign.media import DEFAULT, PLAIN, Colours, Limits
+from mmalign.media import PLAIN, Colours, Limits
 from mmalign.rewards.base import Backend, Details, DirectBackend, EncodingBackend, User, UserNote
 from mmalign.rewards.cards import Card
 from mmalign.rewards.engine import Engine
 from mmalign.rewards.errors import InputError, ScoringError
-from mmalign.rewards.inputs import as_prompts, as_sequence, as_users, check_range
+from mmalign.rewards.inputs import SCORED, as_prompts, as_sequence, as_users, check_range
 from mmalign.rewards.preprocess import normalise
 
 Progress = Callable[[int], None]
@@ -28,7 +28,7 @@ class Scorer:
         backend: Backend,
         *,
         workers: int | None = None,
-        limits: Limits = DEFAULT,
+        limits: Limits = SCORED,
         compile: bool = False,
         colours: Colours = PLAIN,
         decode_workers: int = 0,
@@ -173,7 +173,7 @@ class ScorerSet:
         backends: Sequence[Backend],
         *,
         workers: int | None = None,
-        limits: Limits = DEFAULT,
+        limits: Limits = SCORED,
         compile: bool = False,
         colours: Colours = PLAIN,
         decode_workers: int = 0,

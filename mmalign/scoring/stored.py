@@ -20,8 +20,9 @@ from mmalign import __version__
 from mmalign.data.cache import Cache
 from mmalign.data.cachewriter import ShardWriter
 from mmalign.errors import DataError
-from mmalign.media import DEFAULT, PLAIN, Colours, Limits, MediaError, read_bytes
+from mmalign.media import PLAIN, Colours, Limits, MediaError, read_bytes
 from mmalign.rewards import Backend, ScorerSet
+from mmalign.rewards.inputs import SCORED
 from mmalign.types import ImageRef
 
 SHARD_BYTES, SHARD_SECONDS = 64 << 20, 120.0
@@ -56,7 +57,7 @@ class StoredScores:
         DataError: a reward has no embedding of pictures.
     """
 
-    def __init__(self, scorers: ScorerSet, root: str | Path, *, embeddings: bool = False, limits: Limits = DEFAULT) -> None:
+    def __init__(self, scorers: ScorerSet, root: str | Path, *, embeddings: bool = False, limits: Limits = SCORED) -> None:
         self.scorers, self.embeddings, self.limits = scorers, embeddings, limits
         self.kind = "clip" if embeddings else "scores"
         self.computed = 0

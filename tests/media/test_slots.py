@@ -18,7 +18,8 @@ from mmalign.media import slots
 from mmalign.media.slots import SlotPool
 
 PARENT = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born without it
 sys.path.insert(0, {root!r})
 from mmalign.media.slots import SlotPool
 from tests.media.test_slots import pid
