@@ -21,7 +21,7 @@ class RowCounts:
     """The counts of one run, over all processes and over everything before a resume.
 
     Which rows are usable is decided from the table before the first step, alike on every process. What fails later is known to
-    the process whose row it was, so every method here but `line` has to be called on all processes.
+    the process whose row it was, so every method here but `news` has to be called on all processes.
 
     Args:
         accelerator: an ``accelerate.Accelerator``.
@@ -31,6 +31,7 @@ class RowCounts:
         self.inputs, self.accelerator = inputs, accelerator
         self._earlier: list[MaskedRow] = []
         self._all: list[MaskedRow] = []
+        self._told = ""
 
     def state(self, step: int) -> dict[str, Any]:
         """Plain values for a checkpoint after `step` steps; what later steps met does not belong to it."""
@@ -53,9 +54,16 @@ class RowCounts:
         self._all = [whole[key] for key in sorted(whole)]
         return self._all
 
-    def line(self, title: str) -> str:
-        """One line for people, of what was gathered last."""
-        parts = [f"{title}: {self._used} of {self.inputs.checked.total} rows used"]
+    def news(self, title: str) -> str | None:
+        """A line for people, of what was gathered last; None where it would say what the last one said."""
+        text = self._text()
+        if text == self._told:
+            return None
+        self._told = text
+        return f"{title}: {text}"
+
+    def _text(self) -> str:
+        parts = [f"{self._used} of {self.inputs.checked.total} rows used"]
         reasons = [
             f"{number} {reason} {'quarantined' if reason in QUARANTINE else 'noted, used' if reason == 'conflict' else 'dropped'}"
             for reason, number in self._reasons.items()

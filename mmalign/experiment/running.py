@@ -91,7 +91,7 @@ def train_experiment(
         accelerator.print(f"continuing from {checkpoint} at step {loop.step}")
     elif resume and main:
         loop.metrics.cut_after(0)  # stopped before its first checkpoint: what it logged will be logged again
-    accelerator.print(counts.line("data"))
+    accelerator.print(counts.news("data"))
     if main and inputs.people is not None:
         write_store(config, inputs.people, loop.module)  # the first samples are made for them
     result = _fit(config, accelerator, parts, inputs, loop, counts)
@@ -193,7 +193,8 @@ def _fit(
 
     def epoch_done(number: int) -> None:
         counts.gather(loop.step)
-        accelerator.print(counts.line(f"epoch {number}"))
+        if (news := counts.news(f"epoch {number}")) is not None:
+            accelerator.print(news)
 
     with bar(title, config.optim.steps, "steps", done=loop.step, show=accelerator.is_main_process) as shown:
         callbacks = Callbacks(
