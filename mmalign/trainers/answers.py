@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from mmalign.branches import BranchBatch, BranchLogps, VisionFeatures
 from mmalign.models.stored_answers import StoredAnswers
 from mmalign.objectives.lengths import desensitised_weights
 from mmalign.objectives.reduce import pair_metrics, weighted_mean
-from mmalign.trainers.base import Parts, Trainer
+from mmalign.trainers.base import ModelTrainer, Parts
 from mmalign.types import PairScores, StepOutput
 
 
@@ -45,24 +45,15 @@ class AnswerScores:
         )  # fmt: skip
 
 
-class AnswerTrainer(Trainer):
+class AnswerTrainer(ModelTrainer):
     """Parent of the methods on answers: holds what a method is given, and asks about every answer once.
 
     Settings of a subclass have ``prefix``, those of a method on pairs ``beta`` as well.
     """
 
-    config: Any
-
     def __init__(self, config: Any, parts: Parts) -> None:
-        self.config = config
-        self.family = parts.family
-        self.policy = parts.policy
-        self.reference = parts.reference
+        super().__init__(config, parts)
         self.features = parts.features
-
-    @classmethod
-    def build(cls, config: Any, parts: Parts) -> Self:
-        return cls(config, parts)
 
     def scores(self, batch: BranchBatch, *, reference: bool = True) -> AnswerScores:
         """Every answer of a batch that is on its device already, by the policy and (where there is one) the reference.

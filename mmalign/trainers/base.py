@@ -125,3 +125,19 @@ class Trainer(ABC):
     def extra_state(self) -> Mapping[str, Stateful]:
         """What a checkpoint must keep beyond weights and optimisers. Default: nothing."""
         return {}
+
+
+class ModelTrainer(Trainer):
+    """Holds what a method is given: its settings, the family, the policy and (where it has one) the reference."""
+
+    config: Any
+
+    def __init__(self, config: Any, parts: Parts) -> None:
+        self.config = config
+        self.family = parts.family
+        self.policy = parts.policy
+        self.reference = parts.reference
+
+    @classmethod
+    def build(cls, config: Any, parts: Parts) -> Self:
+        return cls(config, parts)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from mmalign.config import Section
 from mmalign.models.diffusion.inputs import pair_inputs
 from mmalign.objectives.reduce import weighted_mean
-from mmalign.trainers.pairwise import DenoisingTrainer, evaluations
+from mmalign.trainers.base import ModelTrainer
+from mmalign.trainers.pairwise import evaluations
 from mmalign.types import PairBatch, StepContext, StepOutput
 
 
@@ -19,7 +20,7 @@ class DiffusionSFTConfig(Section):
     name: str = "diffusion_sft"
 
 
-class DiffusionSFT(DenoisingTrainer):
+class DiffusionSFT(ModelTrainer):
     """See the module's head."""
 
     Config = DiffusionSFTConfig

@@ -1,10 +1,9 @@
-"""What every method on pairs of pictures does around its loss: hold its parts, ask the networks once, reduce, count the cost."""
+"""What every method on pairs of pictures does around its loss: ask the networks once, reduce, count the cost."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from mmalign.diffusion.noise import GaussianNoise, NoiseSource
 from mmalign.models.diffusion.pairs import denoising_scores
 from mmalign.models.reference import StoredReference
 from mmalign.objectives.reduce import reduce_pairs
-from mmalign.trainers.base import Parts, Trainer
+from mmalign.trainers.base import ModelTrainer
 from mmalign.types import PairBatch, PairScores, StepContext, StepOutput
 
 FORWARD = 1
@@ -21,23 +20,7 @@ GRADIENT = 3
 """Network evaluations of one picture: a forward pass, and a forward with its backward pass (about two forward passes)."""
 
 
-class DenoisingTrainer(Trainer):
-    """Holds what a method on pictures is given."""
-
-    config: Any
-
-    def __init__(self, config: Any, parts: Parts) -> None:
-        self.config = config
-        self.family = parts.family
-        self.policy = parts.policy
-        self.reference = parts.reference
-
-    @classmethod
-    def build(cls, config: Any, parts: Parts) -> Self:
-        return cls(config, parts)
-
-
-class PairTrainer(DenoisingTrainer):
+class PairTrainer(ModelTrainer):
     """A method that needs the four scores of a pair: a subclass turns them into one loss per pair."""
 
     def scores(

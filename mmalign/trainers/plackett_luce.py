@@ -15,8 +15,8 @@ from typing import ClassVar
 
 from mmalign.models.diffusion.lists import list_scores
 from mmalign.objectives import get_objective
+from mmalign.trainers.base import ModelTrainer
 from mmalign.trainers.lists import ListSection, list_output, list_utilities, missing_rewards
-from mmalign.trainers.pairwise import DenoisingTrainer
 from mmalign.types import RankedBatch, StepContext, StepOutput
 
 
@@ -26,7 +26,7 @@ class PlackettLuceConfig(ListSection):
     name: str = "plackett_luce"
 
 
-class PlackettLuce(DenoisingTrainer):
+class PlackettLuce(ModelTrainer):
     """See the module's head."""
 
     Config = PlackettLuceConfig

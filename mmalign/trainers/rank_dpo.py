@@ -20,8 +20,8 @@ from torch import Tensor
 
 from mmalign.models.diffusion.lists import list_scores
 from mmalign.objectives import get_objective
+from mmalign.trainers.base import ModelTrainer
 from mmalign.trainers.lists import ListSection, list_output, list_utilities, missing_rewards
-from mmalign.trainers.pairwise import DenoisingTrainer
 from mmalign.types import RankedBatch, StepContext, StepOutput
 
 
@@ -39,7 +39,7 @@ class RankDPOConfig(ListSection):
     """Over the pairs of a list."""
 
 
-class RankDPO(DenoisingTrainer):
+class RankDPO(ModelTrainer):
     """See the module's head."""
 
     Config = RankDPOConfig

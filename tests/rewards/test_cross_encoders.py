@@ -95,7 +95,7 @@ def test_imagereward(tmp_path: Path, pictures: list[Image.Image]) -> None:
 
 def test_imagereward_keys_are_strict(tmp_path: Path) -> None:
     Reference().write(tmp_path)
-    state = torch.load(tmp_path / "ImageReward.pt")
+    state = torch.load(tmp_path / "ImageReward.pt", weights_only=True)
     del state["mlp.layers.7.bias"]
     torch.save(state, tmp_path / "ImageReward.pt")
     with pytest.raises(ModelError, match="missing: mlp.layers.7.bias"):
