@@ -23,6 +23,7 @@ from mmalign.data import (
     Cache,
     CacheWarning,
     PairLoader,
+    fill,
     fill_latents,
     fill_text,
     geometry_fields,
@@ -30,6 +31,7 @@ from mmalign.data import (
     open_table,
 )
 from mmalign.data.check import usable_rows
+from mmalign.data.files import canonical_hash
 from mmalign.data.sources import latent_key, text_key
 from mmalign.errors import DataError
 from tests.data.making import make_jsonl, make_pairs, number_of, picture
@@ -361,3 +363,18 @@ def test_keys_are_stable() -> None:
 def test_manifest_says_what_it_is(tmp_path: Path) -> None:
     cache = Cache.open_or_create(tmp_path, "vae", FIELDS)
     assert json.loads((cache.folder / "manifest.json").read_text())["fields"] == FIELDS
+
+
+def test_the_fingerprint_follows_everything_a_picture_goes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {"resolution": (32, 32)}
+    found = [canonical_hash(fill.geometry_fields(**given))]
+    for change in ({"resolution": (32, 40)}, {"crop": "random"}, {"crop_variants": 2}):
+        found.append(canonical_hash(fill.geometry_fields(**{**given, **change})))
+    for name in ("RESIZE_RULE", "COLOUR_POLICY"):
+        with monkeypatch.context() as other:
+            other.setattr(fill, name, "another")
+            found.append(canonical_hash(fill.geometry_fields(**given)))
+    with monkeypatch.context() as other:
+        other.setattr(fill.PIL, "__version__", "1.0")  # whose kernel it is
+        found.append(canonical_hash(fill.geometry_fields(**given)))
+    assert len(set(found)) == len(found) and found[0] == canonical_hash(fill.geometry_fields(**given))
