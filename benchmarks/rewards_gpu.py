@@ -32,6 +32,7 @@ from rewards_models import Models, build
 
 from mmalign import rewards
 from mmalign.rewards.decoders import SLOTS_EACH, WHOLE_SLOT, ProcessDecoders
+from mmalign.rewards.engine import AHEAD
 from mmalign.rewards.loading import prepare_as
 from mmalign.rewards.preprocess import Preprocess, normalise
 from mmalign.rewards.reading import default_workers
@@ -248,16 +249,17 @@ def scorers(bench: Bench, way: tuple[str, bool, bool, bool]) -> ScorerSet:
 
 def reading(bench: Bench) -> None:
     """Reading, decoding and resizing alone, in every way."""
-    few = bench.files[: max(8, len(bench.files) // 3)]
-    bench.decoders.start(WHOLE_SLOT)
+    few = bench.files[: max(8, len(bench.files) // 2)]
+    bench.decoders.start(WHOLE_SLOT, bench.stage)
     for way in WAYS:
         engine = scorers(bench, way).engine
         with ThreadPoolExecutor(engine.workers) as pool:
             # Warm-up: processes that import, pinned memory, the comparison with Pillow.
             engine.reader.read(few[: 4 * max(BEFORE, bench.decoders.processes)], 0, pool)
             begun, cpu = time.perf_counter(), time.process_time()
-            for start in range(0, len(few), 256):
-                engine.reader.read(few[start : start + 256], start, pool)
+            with ThreadPoolExecutor(AHEAD) as ahead:  # as the engine reads
+                windows = [(few[start : start + 512], start) for start in range(0, len(few), 512)]
+                list(ahead.map(lambda window, reader=engine.reader, pool=pool: reader.read(*window, pool), windows))
             wall, cpu = time.perf_counter() - begun, time.process_time() - cpu
         rate, each = len(few) / wall, 1000 * cpu / len(few)
         bench.say(
@@ -278,7 +280,7 @@ def end_to_end(bench: Bench, encoder: float) -> float:
     drafts = [way for way in WAYS if way[3]]
     ways = [("short prompts", short, exact[0]), ("77-token prompts", long, exact[0]),
             *(("short prompts", short, way) for way in [*exact[1:], *drafts])]  # fmt: skip
-    for label, prompts, way in ways:
+    for label, prompts, way in ways[: bench.options.ways]:
         if bench.left < 0:
             print(f"end to end, {label}, {way[0]}: left out, the time is up", flush=True)
             continue
@@ -343,6 +345,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=3.0, help="per figure of the encoders alone")
     parser.add_argument("--workers", type=int, default=None, help="threads; one per core by default")
     parser.add_argument("--decode-workers", type=int, default=None, help="processes; one per core by default")
+    parser.add_argument("--ways", type=int, default=None, help="end to end only this many times, the fastest ways first")
     parser.add_argument("--loop", type=int, default=32, help="pictures of the loop")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--compile-seconds", type=float, default=25.0, help="left over at least, or compilation is left out")

@@ -69,7 +69,17 @@ class SlotPool:
                 there.close()
         for slot in range(slots):
             self._free.put(slot)
-        self._finish = weakref.finalize(self, _finish, self._ends, started, memory)
+        self._leaving: list[Callable[[], None]] = []
+        self._finish = weakref.finalize(self, _finish, self._leaving, self._ends, started, memory)
+
+    @property
+    def memory(self) -> np.ndarray:
+        """All slots: uint8 ``[slots, slot_bytes]``, no copy."""
+        return self._views
+
+    def before_close(self, work: Callable[[], None]) -> None:
+        """Have `work` done before the memory is given back; it must not hold the pool."""
+        self._leaving.append(work)
 
     def take(self, ended: threading.Event | None = None) -> int | None:
         """A slot that nobody uses, when there is one; None once `ended` is set."""
@@ -136,7 +146,11 @@ def _reserved(size: int) -> SharedMemory:
     return memory
 
 
-def _finish(ends: list[Connection], processes: list[BaseProcess], memory: SharedMemory) -> None:
+def _finish(
+    leaving: list[Callable[[], None]], ends: list[Connection], processes: list[BaseProcess], memory: SharedMemory
+) -> None:
+    for work in leaving:
+        work()
     for end in ends:
         end.close()
     for process in processes:

@@ -43,8 +43,7 @@ def in_batches(
             batch = torch.cat([batch, batch.new_zeros((size - count, *batch.shape[1:]))])
         try:
             with torch.inference_mode():
-                if backend.device.type == "cuda" and batch.device.type == "cpu":
-                    batch = batch.pin_memory().to(backend.device, non_blocking=True)
+                batch = batch.to(backend.device, non_blocking=True)
                 found = encode(normalise(batch, backend.mean, backend.std))
                 out.extend(zip(*(value[:count] for value in found), strict=True))
             start += size
@@ -61,7 +60,13 @@ def _stacked(pixels: Sequence[Tensor], device: torch.device) -> Tensor:
     """One batch of them; on `device` where any lies there, for those that were resized there are not brought back."""
     if len({value.device for value in pixels}) > 1:
         pixels = [value.to(device, non_blocking=True) for value in pixels]
-    return torch.stack(list(pixels))
+    if device.type != "cuda" or pixels[0].device.type != "cpu":
+        return torch.stack(list(pixels))
+    # Row by row: torch would do it on all cores, which decode meanwhile, and wait for the slowest of them.
+    batch = torch.empty((len(pixels), *pixels[0].shape), dtype=pixels[0].dtype, pin_memory=True)
+    for place, value in zip(batch.numpy(), pixels, strict=True):
+        place[...] = value.numpy()
+    return batch
 
 
 def stack_padded(values: tuple[Tensor, ...]) -> Tensor:

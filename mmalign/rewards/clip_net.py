@@ -6,7 +6,9 @@ whole spread of a reward can be smaller than the spacing of half-precision numbe
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +59,7 @@ class Block(nn.Module):
     def forward(self, states: Tensor, *, causal: bool, first: bool = False) -> Tensor:
         """States ``[N, L, width]`` -> the same, or ``[N, 1, width]`` with `first`: the first position alone, which sees all."""
         rows, length, width = states.shape
-        normed = self.norm1(states)
+        normed = self._first_norm(states)
         if first:
             weight, bias = self.qkv.weight, self.qkv.bias
             query = F.linear(normed[:, :1], weight[:width], bias[:width]).view(rows, 1, self.heads, -1).transpose(1, 2)
@@ -70,8 +72,23 @@ class Block(nn.Module):
 
     def _finish(self, states: Tensor, mixed: Tensor) -> Tensor:
         """What follows attention: states ``[N, L, width]``, mixed values ``[N, heads, L, width / heads]``."""
-        states = states + self.out(mixed.transpose(1, 2).reshape(states.shape))
+        update = self.out(mixed.transpose(1, 2).reshape(states.shape))
+        if _fused(states):
+            from mmalign.rewards import kernels
+
+            norm = self.norm2
+            states, normed = kernels.add_layer_norm(states, update, norm.weight, norm.bias, norm.eps)
+            return states + self.down(kernels.activate_(self.up(normed), self.activation))
+        states = states + update
         return states + self.down(_activate(self.up(self.norm2(states)), self.activation))
+
+    def _first_norm(self, states: Tensor) -> Tensor:
+        if not _fused(states):
+            normed: Tensor = self.norm1(states)
+            return normed
+        from mmalign.rewards import kernels
+
+        return kernels.layer_norm(states, self.norm1.weight, self.norm1.bias, self.norm1.eps)
 
 
 class VisionTower(nn.Module):
@@ -183,6 +200,22 @@ class ClipNet(nn.Module):
     def embed_texts(self, ids: Tensor) -> Tensor:
         """Token ids ``[N, L]`` -> float32 ``[N, embedding]``, not normalised."""
         return self.text.pool(self.text(ids), ids)
+
+
+def _fused(states: Tensor) -> bool:
+    """Whether the steps between matrix products run in our kernels: in half precision on a GPU, where no gradient is wanted."""
+    if not states.is_cuda or states.dtype == torch.float32 or not torch.is_inference_mode_enabled():
+        return False
+    return not torch.compiler.is_compiling() and _kernels_work(states.device)
+
+
+@lru_cache(maxsize=16)
+def _kernels_work(device: torch.device) -> bool:
+    if torch.version.hip is not None or importlib.util.find_spec("triton") is None:
+        return False
+    from mmalign.rewards import kernels
+
+    return kernels.work_on(device)
 
 
 def _activate(states: Tensor, activation: str) -> Tensor:

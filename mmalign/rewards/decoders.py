@@ -44,6 +44,8 @@ class ProcessDecoders:
     def __init__(self, processes: int) -> None:
         self.processes = processes
         self._pool: SlotPool | None = None
+        self._locked: bool | None = None
+        """Whether the pages of the slots are locked; None: nobody has asked for it."""
         self._lock = threading.Lock()
 
     def load(
@@ -60,7 +62,7 @@ class ProcessDecoders:
             DataError: there is not enough shared memory, or a process was killed.
         """
         resized = CHUNK * sum(3 * rule.size**2 * 4 for rule in wanted.rules.values())
-        pool = self.start(max(resized, RESIZED_SLOT if stage is None else WHOLE_SLOT))
+        pool = self.start(max(resized, RESIZED_SLOT if stage is None else WHOLE_SLOT), stage)
         whole = stage.ready(wanted.rules) if stage is not None and len(wanted.decodings()) == 1 else ()
         slot = pool.take()
         assert slot is not None  # only a take that can be ended gives None
@@ -86,7 +88,9 @@ class ProcessDecoders:
         group = [one for one in (made[place] for place in places) if one is not None]
         start, shape = group[0].offset, (len(group), *(group[0].whole or (0, 0)), 4)
         stored = view[start : start + int(np.prod(shape))].reshape(shape)
-        several = None if stage is None else stage.resize(stored, wanted.rules, [one.digest for one in group])
+        several = None if stage is None else stage.resize(
+            stored, wanted.rules, [one.digest for one in group], locked=bool(self._locked)
+        )
         for row, (place, one) in enumerate(zip(places, group, strict=True)):
             if several is None:
                 found[place] = None
@@ -104,14 +108,24 @@ class ProcessDecoders:
                 self._pool.close()
             self._pool = None
 
-    def start(self, slot_bytes: int = RESIZED_SLOT) -> SlotPool:
-        """The running processes, begun now if there are none; what does not fit into a slot is left to the caller of `load`."""
+    def start(self, slot_bytes: int = RESIZED_SLOT, stage: DeviceResize | None = None) -> SlotPool:
+        """The running processes, begun now if there are none; what does not fit into a slot is left to the caller of `load`.
+
+        Args:
+            stage: what will read the slots.
+        """
         with self._lock:
             if self._pool is None:
                 self._pool = SlotPool(
                     processes=self.processes, slots=SLOTS_EACH * self.processes, slot_bytes=slot_bytes, begin=_begin,
                     remedy="use fewer decoding processes, or threads alone",
                 )  # fmt: skip
+                self._locked = None
+            if self._locked is None and stage is not None:
+                unlock = stage.lock_pages(self._pool.memory)
+                self._locked = unlock is not None
+                if unlock is not None:
+                    self._pool.before_close(unlock)
             return self._pool
 
 

@@ -9,7 +9,7 @@ writes nothing.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,6 +32,8 @@ from mmalign.rewards.results import ResultTable
 from mmalign.rewards.staging import DeviceResize
 from mmalign.rewards.tokens import END, START
 
+AHEAD = 2
+"""Windows that are read while one computes: at the end of one, readers without work begin with the next."""
 CACHED_VECTORS = 16384
 """Distinct pictures (and prompts) whose embedding vectors are kept between windows."""
 
@@ -128,25 +130,27 @@ class Engine:
         size = batch_size or self._default_batch()
         results = {backend.name: ResultTable(len(images)) for backend in self.backends}
         spans = windows(len(images), size)
-        with ThreadPoolExecutor(self.workers) as pool, ThreadPoolExecutor(1) as ahead:
+        # Decoded pictures that are kept take much memory, one window ahead of them is enough.
+        depth = 1 if self.reader.wanted.keep_image else AHEAD
+        with ThreadPoolExecutor(self.workers) as pool, ThreadPoolExecutor(depth) as ahead:
+            pending: deque[Future[Window]] = deque()
+            running: Launched | None = None
 
-            def read(number: int) -> Future[Window] | None:
-                if number >= len(spans):
-                    return None
-                start, stop = spans[number]
-                return ahead.submit(self.reader.read, images[start:stop], start, pool)
+            def read(number: int) -> None:
+                if number < len(spans):
+                    start, stop = spans[number]
+                    pending.append(ahead.submit(self.reader.read, images[start:stop], start, pool))
 
-            pending, running = read(0), None
+            for number in range(depth):
+                read(number)
             for number, (start, stop) in enumerate(spans):
                 asked = time.perf_counter()
-                ready = pending.result() if pending is not None else None
+                ready = pending.popleft().result()
                 self.counters.decode_wait_seconds += time.perf_counter() - asked
-                self.counters.decoded += ready.decoded if ready is not None else 0
-                pending = read(number + 1)
-                started = None
-                if ready is not None:
-                    started = Launched(window=ready, prompts=prompts[start:stop], users=whose[start:stop])
-                    self._launch(started, size, on_error, embeddings)
+                self.counters.decoded += ready.decoded
+                read(number + depth)
+                started = Launched(window=ready, prompts=prompts[start:stop], users=whose[start:stop])
+                self._launch(started, size, on_error, embeddings)
                 for finished in (running, started if number + 1 == len(spans) else None):
                     if finished is not None:
                         self._collect(finished, size, results, on_error)
@@ -199,7 +203,7 @@ class Engine:
                     for first in range(0, len(usable), size)
                 ]
         for device in {backend.device for backend in self.backends if backend.device.type == "cuda"}:
-            started.done.append(torch.cuda.Event())
+            started.done.append(torch.cuda.Event(blocking=True))
             started.done[-1].record(torch.cuda.current_stream(device))
 
     def _collect(self, started: Launched, size: int, results: dict[str, ResultTable], on_error: str) -> None:

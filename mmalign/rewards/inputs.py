@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from mmalign.media.decode import strict_decoding
 from mmalign.rewards.base import User
 from mmalign.rewards.errors import InputError
 from mmalign.types import ImageRef
+
+_LOADING = tuple(threading.Lock() for _ in range(61))
+"""Of pictures in memory, by their identity."""
 
 SCORED = Limits(max_side=16_384)
 """What is scored. Tables may hold longer pictures, whose shape their own rule judges."""
@@ -162,7 +166,8 @@ def read_picture(entry: Any, limits: Limits = SCORED, *, clip: bool = False) -> 
         return Picture(digest=hashlib.blake2b(data, digest_size=16).digest(), data=data, source=source)
     image = entry if isinstance(entry, Image.Image) else Image.fromarray(_as_array(entry, clip=clip))
     try:
-        with strict_decoding():
+        # A lazily opened picture must not be loaded by two threads at once, and may stand in windows that are read together.
+        with strict_decoding(), _LOADING[id(image) % len(_LOADING)]:
             content = image.tobytes()
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         source = str(getattr(image, "filename", "") or "a picture in memory")

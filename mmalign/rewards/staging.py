@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from mmalign.rewards.preprocess import Preprocess
 
 BEFORE = 4
 """Pictures of one size that go the ordinary way before it is worth comparing both ways on it."""
+
+_PORTABLE = 1
+"""cudaHostRegisterPortable: for all devices."""
 
 MOST_SIZES = 32
 """Of which decoding processes are told."""
@@ -34,10 +37,26 @@ class DeviceResize:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Ahead of the encoders: its kernels are short, and what waits for them is a reader.
+        self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._seen: Counter[tuple[int, int]] = Counter()
         self._ready: dict[tuple[str, ...], dict[tuple[int, int], None]] = {}
         self._lock = threading.Lock()
+
+    def lock_pages(self, memory: np.ndarray) -> Callable[[], None] | None:
+        """Lock the pages of memory from which pictures will come, so that they go to the device without a copy on the way.
+
+        Returns:
+            what undoes it, to be called before the memory is given back; None where they are not locked: on a CPU, and where
+            there is a limit on locked memory.
+        """
+        if self.stream is None:
+            return None
+        begin, runtime = memory.ctypes.data, torch.cuda.cudart()
+        with torch.cuda.device(self.device):
+            if int(runtime.cudaHostRegister(begin, memory.nbytes, _PORTABLE)):
+                return None
+        return lambda: runtime.cudaHostUnregister(begin)
 
     def __call__(
         self, image: Image.Image, rules: Mapping[str, Preprocess], digest: bytes
@@ -58,10 +77,10 @@ class DeviceResize:
         return {key: value[0] for key, value in several[0].items()}, {key: value[0] for key, value in several[1].items()}
 
     def resize(
-        self, stored: np.ndarray, rules: Mapping[str, Preprocess], digests: Sequence[bytes]
+        self, stored: np.ndarray, rules: Mapping[str, Preprocess], digests: Sequence[bytes], *, locked: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, list[bytes]]] | None:
         """The same of several pictures of one size that fits: ``[N, H, W, 4]``, each as `interleaved` gives it. They have been
-        copied when this returns."""
+        copied when this returns. `locked`: they lie in memory of `lock_pages`."""
         size = (stored.shape[2], stored.shape[1])
         names = {
             key: [hashlib.blake2b(digest + rule.geometry(size), digest_size=16).digest() for digest in digests]
@@ -70,11 +89,20 @@ class DeviceResize:
         try:
             if self.stream is None:
                 return self._resized(torch.tensor(stored), rules), names
-            held = torch.empty(stored.shape, dtype=torch.uint8, pin_memory=True)
-            held.numpy()[...] = stored
+            if locked:
+                held = torch.from_numpy(stored)
+            else:
+                held = torch.empty(stored.shape, dtype=torch.uint8, pin_memory=True)
+                held.numpy()[...] = stored
+            copied = torch.cuda.Event(blocking=True)
             # One at a time: the float64 copy of a large picture takes memory that the encoders want.
             with self._lock, torch.cuda.stream(self.stream):
-                return self._resized(held.to(self.device, non_blocking=True), rules), names
+                there = held.to(self.device, non_blocking=True)
+                copied.record(self.stream)
+                pixels = self._resized(there, rules)
+            if locked:  # the memory is the caller's again when this returns
+                copied.synchronize()
+            return pixels, names
         except torch.OutOfMemoryError:
             return None
 
@@ -93,9 +121,11 @@ class DeviceResize:
             return tuple(self._ready.get(tuple(rules), ()))
 
     def wait(self) -> None:
-        """Until all pixels handed out are there."""
+        """Until all pixels handed out are there. Sleeps: the cores are wanted for decoding."""
         if self.stream is not None:
-            self.stream.synchronize()
+            done = torch.cuda.Event(blocking=True)
+            done.record(self.stream)
+            done.synchronize()
 
     @torch.inference_mode()
     def _resized(self, stored: Tensor, rules: Mapping[str, Preprocess]) -> dict[str, Tensor]:
