@@ -30,3 +30,14 @@ def path(name: str) -> Path:
     if not found.exists():
         raise ModelError(f"the embedded asset '{name}' is not in {folder()}; run 'make assets' or set MMALIGN_ASSETS")
     return found
+
+
+def placed(source: str) -> Path:
+    """`source` as it is; where it does not exist and starts with ``assets/``, the embedded asset of that name, so that shipped
+    experiments work from any folder.
+
+    Raises:
+        ModelError: there is no such asset either.
+    """
+    given = Path(source)
+    return path(str(Path(*given.parts[1:]))) if given.parts[:1] == ("assets",) and not given.exists() else given

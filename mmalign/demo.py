@@ -19,7 +19,7 @@ from mmalign.registry import did_you_mean
 
 CONTROL = "diffusion_sft"
 REWARD = "tiny-clip"
-ALSO = {"inpo": "ddim_inpo", "dpo": "diffusion_dpo", "kto": "diffusion_kto", "orpo": "diffusion_orpo", "sft": CONTROL}
+ALSO = {"inpo": "ddim_inpo", "dpo": "diffusion_dpo", "kto": "diffusion_kto", "orpo": "diffusion_orpo", "sft": "vlm_sft"}
 """Short names that are understood as well."""
 ON_ANSWERS = "mmalign.demo_vlm:demo_answers"
 RECIPES = {
@@ -32,12 +32,12 @@ SHARED = ("lr", "warmup_steps", "steps", "batch_size")
 
 
 def shown() -> tuple[str, ...]:
-    """Methods with an embedded experiment: on pairs or lists of pictures, or on answers; with a file under ``configs/tiny``."""
+    """Methods with an embedded experiment, that is a file under ``configs/tiny``."""
     from mmalign.trainers import METHODS
 
     folder = assets.shipped("configs") / "tiny"
     there = [name for name in METHODS.names() if (folder / f"{name}.yaml").is_file()]
-    return tuple(name for name in there if METHODS.get(name).batches in ("pairs", "lists") or on_answers(name))
+    return tuple(name for name in there if METHODS.get(name).batches in ("pairs", "lists", "domains") or on_answers(name))
 
 
 def on_answers(name: str) -> bool:
@@ -65,14 +65,15 @@ def demo(out: str | Path, method: str = "diffusion_dpo", seed: int = 0, override
 
     name, known = ALSO.get(method, method), shown()
     if name not in known:
-        hint = did_you_mean(method, (*known, *ALSO))
-        raise ConfigError(f"--method: '{method}' has no embedded experiment{hint}; there are: {', '.join(known)}")
+        raise ConfigError(f"--method: '{method}' is not known{did_you_mean(method, (*known, *ALSO))}")
     folder = Path(out)
     _move_aside(folder)
     if name in RECIPES or on_answers(name):
         module, _, function = RECIPES.get(name, ON_ANSWERS).partition(":")
         show = getattr(importlib.import_module(module), function)
         return show(folder, assets.shipped("configs") / "tiny" / f"{name}.yaml", seed=seed, overrides=overrides)
+    if METHODS.get(name).batches == "domains":
+        return demo_mask(folder, assets.shipped("configs") / "tiny" / f"{name}.yaml", seed=seed, overrides=overrides)
     pairs = label_candidates(folder / "data")
     manifest = folder / "data" / "candidates" if METHODS.get(name).batches == "lists" else pairs
     common = [f"run.seed={seed}", f"model.path={assets.path('tiny-sd')}", *overrides]
@@ -95,6 +96,20 @@ def demo(out: str | Path, method: str = "diffusion_dpo", seed: int = 0, override
     summary = json.loads((folder / "summary.json").read_text())
     print(headline(summary, page))
     return RunResult(folder=folder, metrics=result.metrics, summary=summary)
+
+
+def demo_mask(folder: Path, experiment: Path, *, seed: int, overrides: Sequence[str] = ()) -> Any:
+    """Learn the embedded freeze mask into a fresh folder. What training under it costs and prevents is measured elsewhere
+    (``mmalign evaluate-guard``), so nothing is compared here."""
+    from mmalign.experiment.running import train_experiment
+    from mmalign.experiment.settings import load_experiment
+
+    given = [f"data.manifest={assets.path('tiny-domains')}", f"model.path={assets.path('tiny-sd')}", f"run.seed={seed}"]
+    result = train_experiment(load_experiment(experiment, [*given, *overrides, f"run.out={folder}"]))
+    mask = folder / "export" / "freeze_mask.json"
+    print(f"a mask was learnt; what it prevents: mmalign evaluate-guard configs/evaluate_guard/tiny.yaml masks.learned={mask}")
+    print(f"report: {folder / 'report.html'}")
+    return result
 
 
 def label_candidates(folder: Path) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -15,6 +16,9 @@ from typing import Generic, TypeVar
 from mmalign.errors import ConfigError
 
 T = TypeVar("T")
+
+MOST_HINTS = 8
+"""More names than this are no hint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,12 +73,25 @@ class Registry(Generic[T]):
 
 
 def did_you_mean(name: str, known: object) -> str:
-    """``"; did you mean 'x'?"`` for the nearest known name, else the whole list."""
-    names = [str(item) for item in known]  # type: ignore[attr-defined]
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    """``"; did you mean 'x'?"`` for the names that contain this one as a word, else the nearest one, else the whole list."""
+    names = list(dict.fromkeys(str(item) for item in known))  # type: ignore[attr-defined]
+    folded, word = {_fold(other): other for other in reversed(names)}, _fold(name)
+    holding = [other for other in names if len(word) > 1 and word != other and word in re.split(r"[_.]", _fold(other))]
+    if word not in folded and 0 < len(holding) <= MOST_HINTS:
+        return f"; did you mean {_either(holding)}?"
+    near = difflib.get_close_matches(word, folded, n=1, cutoff=0.6)
     if near:
-        return f"; did you mean '{near[0]}'?"
+        return f"; did you mean '{folded[near[0]]}'?"
     return f" (known: {', '.join(sorted(names))})" if names else ""
+
+
+def _fold(name: str) -> str:
+    """Names that differ in case or in dashes alone are one name to a person."""
+    return name.casefold().replace("-", "_")
+
+
+def _either(names: list[str]) -> str:
+    return " or ".join(", ".join(f"'{name}'" for name in names).rsplit(", ", 1))
 
 
 def _import(target: str) -> T:  # type: ignore[type-var]

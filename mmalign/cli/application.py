@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from mmalign import __version__
 from mmalign.cli import experiments, listing
+from mmalign.cli.hints import setting_hint
 from mmalign.cli.outcome import DEBUG_VARIABLE, conclude
 
 # Modules of this package that bring commands of their own by `register(app)`.
@@ -46,12 +47,27 @@ class Root(TyperGroup):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: typer.Context) -> None:  # type: ignore[override]
+        def work() -> object:
+            try:
+                return super(Root, self).invoke(ctx)
+            except typer.TyperException as error:
+                raise _with_hint(error) from error.__cause__
+
         code = conclude(
-            lambda: super(Root, self).invoke(ctx),
+            work,
             debug=bool(ctx.params.get("debug")),
             passing=(typer.TyperException, typer.Exit, typer.Abort),
         )
         raise typer.Exit(code)
+
+
+def _with_hint(error: typer.TyperException) -> typer.TyperException:
+    """The same error; where a setting was written as an option, with how it is written here."""
+    option, where = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    near = getattr(error, "possibilities", None)
+    if option and not near and where is not None and any(parameter.name == "overrides" for parameter in where.command.params):
+        error.message = f"{error.message}. {setting_hint(option)}"
+    return error
 
 
 app = typer.Typer(

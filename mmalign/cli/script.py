@@ -6,7 +6,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
+from mmalign.cli.hints import setting_hint
 from mmalign.cli.outcome import conclude, debug_from_environment
 
 
@@ -38,16 +40,26 @@ def _train(method: str, options: argparse.Namespace) -> int:
     named = section.get("name") if isinstance(section, dict) else None
     if isinstance(named, str) and named != method:
         raise ConfigError(
-            f"method.name: this script trains '{method}', the file is for '{named}'; use the script of that method, "
+            f"method.name: this script trains '{method}', the file is for '{named}'; use scripts/train_{named}.py, "
             f"or: mmalign train {options.config}",
             source=options.config,
         )
     return train_and_tell(options.config, options.overrides, resume=options.resume)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says how settings are written where one was written as an option."""
+
+    def error(self, message: str) -> NoReturn:
+        if "unrecognized arguments" in message:
+            option = next((word for word in message.split() if word.startswith("--")), None)
+            message = message if option is None else f"{message}. {setting_hint(option)}"
+        super().error(message)
+
+
 def _parser(method: str) -> argparse.ArgumentParser:
     name = f"train_{method}.py"
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=name,
         description=f"Train with the method {method}.",
         epilog=f"Example: accelerate launch scripts/{name} --config configs/tiny/{method}.yaml optim.lr=1e-4",

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from mmalign.config.files import COMMAND_LINE, Resolved
-from mmalign.config.schema import Section, Variants, child, section_of
+from mmalign.config.othernames import OTHER_NAMES
+from mmalign.config.schema import Section, Variants, child, field_annotation, section_of
 from mmalign.errors import ConfigError, MmalignError
 from mmalign.registry import did_you_mean
 
@@ -169,17 +170,44 @@ def _sentence(model: type[Section], values: Mapping[str, Any], path: tuple[str |
 
 
 def _unknown(model: type[Section], values: Mapping[str, Any], path: tuple[str | int, ...]) -> str:
-    """Why a key is refused: the nearest setting, or the variants that have it."""
+    """Why a key is refused: the nearest setting, the section it belongs to, or the variants that have it."""
     key = str(path[-1])
     owner, choice, holder = _owner(model, values, path)
     known = list(owner.model_fields) if owner is not None else []
     name = str(holder["name"]) if choice is not None else str(path[-2]) if len(path) > 1 else "an experiment"
     hint = did_you_mean(key, known)
+    places = _called_here(model, values, key) or _other_sections(model, values, key)
+    if places:
+        return f"not a setting of {name}; that is {places} here"
     if choice is not None and "did you mean" not in hint:
         having = _variants_with(choice, key, apart_from=name)
         if having:
             return f"not a setting of '{name}' (settings of {having} include it)"
     return f"not a setting of {name}{hint}" if known else f"not a setting of {name}, which has none"
+
+
+def _called_here(model: type[Section], values: Mapping[str, Any], key: str) -> str:
+    """Our dotted name of a setting that other tools call `key`; '' where this file can hold none of that name."""
+    dotted = OTHER_NAMES.get(key.lower().replace("-", "_"), "")
+    section, _, leaf = dotted.partition(".")
+    if dotted.startswith("--") or leaf in _settings_of(model, values, section):
+        return f"'{dotted}'"
+    field = model.model_fields.get(section)
+    choice = section_of(field_annotation(field), values.get(section))[1] if field is not None else None
+    having = _variants_with(choice, leaf, apart_from="") if choice is not None else ""
+    return f"'{dotted}' of {having}" if having and "," not in having else ""
+
+
+def _other_sections(model: type[Section], values: Mapping[str, Any], key: str) -> str:
+    """The dotted names of a setting that was written in the wrong section; '' where none has it, or most do."""
+    having = [f"'{section}.{key}'" for section in model.model_fields if key in _settings_of(model, values, section)]
+    return " or ".join(having) if len(having) < 3 else ""
+
+
+def _settings_of(model: type[Section], values: Mapping[str, Any], section: str) -> list[str]:
+    field = model.model_fields.get(section)
+    found = section_of(field_annotation(field), values.get(section))[0] if field is not None else None
+    return list(found.model_fields) if found is not None else []
 
 
 def _variants_with(choice: Variants, key: str, *, apart_from: str) -> str:

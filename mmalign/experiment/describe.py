@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmalign.data.remote import is_remote
 from mmalign.errors import ConfigError, DataError, ModelError
+from mmalign.experiment.absent import absent_model, absent_tables
 from mmalign.experiment.prompts import read_prompts
 from mmalign.experiment.settings import Experiment, ExperimentConfig, LoraConfig, UserTuningConfig, load_experiment
 from mmalign.experiment.trackers import require_trackers
@@ -53,8 +53,8 @@ def _files(config: ExperimentConfig) -> list[str]:
             FreezeMask.load(config.freezing.mask)
         except FreezingError as error:
             problems.append(str(error))
-    if not is_remote(config.data.manifest) and not Path(config.data.manifest).exists():
-        problems.append(f"data.manifest: no file or folder '{config.data.manifest}'; make it with 'mmalign data import'")
+    if absent := absent_tables(config):
+        problems += absent
     else:
         from mmalign import data
 
@@ -79,10 +79,7 @@ def _files(config: ExperimentConfig) -> list[str]:
             read_prompts(config.evaluate.prompts)
         except ConfigError as error:
             problems += error.problems
-    path = config.model.model_dump()["path"]
-    if "/" not in path and not Path(path).exists():
-        problems.append(f"model.path: no folder '{path}', and a hub id has the form owner/name")
-    return problems
+    return problems + absent_model(config.model.model_dump()["path"])
 
 
 def _scores(config: ExperimentConfig, held: Sequence[str]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from mmalign import assets
 from mmalign.errors import ConfigError, DataError, ModelError
@@ -19,12 +18,10 @@ def read_prompts(source: str, limit: int | None = None) -> list[tuple[str, str]]
     Raises:
         ConfigError: no such file. DataError: a line that cannot be read, or no prompt at all.
     """
-    path = Path(source)
-    if not path.exists() and path.parts[:1] == ("assets",):
-        try:
-            path = assets.path(str(Path(*path.parts[1:])))
-        except ModelError as error:
-            raise ConfigError(f"evaluate.prompts: {error}") from error
+    try:
+        path = assets.placed(source)
+    except ModelError as error:
+        raise ConfigError(f"evaluate.prompts: {error}") from error
     if not path.is_file():
         raise ConfigError(f"evaluate.prompts: no file '{source}'")
     found = []

@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from mmalign import assets
 from mmalign.config import Resolved, Section, Variants, decode, explain_yaml, json_schema, load_yaml
 from mmalign.engine.settings import OptimConfig, RunConfig
-from mmalign.errors import ConfigError
+from mmalign.errors import ConfigError, ModelError
 from mmalign.freezing.settings import FreezingConfig
 from mmalign.models.reference import REFERENCES
 from mmalign.models.table import MODELS, reads_language
@@ -221,11 +222,26 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         ConfigError: all problems of the file in one error.
     """
     resolved = load_yaml(path, list(overrides))
-    config = decode(ExperimentConfig, resolved, str(path))
-    problems = _contradictions(config)
+    config, problems = _placed(decode(ExperimentConfig, resolved, str(path)))
+    problems += _contradictions(config)
     if problems:
         raise ConfigError(problems, str(path))
     return Experiment(config=config, resolved=resolved, source=str(path))
+
+
+def _placed(config: ExperimentConfig) -> tuple[ExperimentConfig, list[str]]:
+    """Embedded models and tables by where they lie, so that shipped experiments work from any folder."""
+    found, problems = {}, []
+    for section, key in (("model", "path"), ("data", "manifest")):
+        values = getattr(config, section)
+        try:
+            place = str(assets.placed(getattr(values, key)))
+        except ModelError as error:
+            problems.append(f"{section}.{key}: {error}")
+            continue
+        if Path(place) != Path(getattr(values, key)):
+            found[section] = values.model_copy(update={key: place})
+    return config.model_copy(update=found), problems
 
 
 def _contradictions(config: ExperimentConfig) -> list[str]:

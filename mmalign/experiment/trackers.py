@@ -43,6 +43,9 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
+LOG_WIDTH = 120
+"""Columns that a line of the bar needs at most."""
+
 
 class Bar:
     """A rich progress bar: done, rate, time left, and the newest loss and accuracy."""
@@ -52,10 +55,15 @@ class Bar:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.unit = unit
+        console = Console(stderr=True)
+        if not console.is_terminal:  # a log: nothing says how wide it is, and a cut-off number is worse than a long line
+            console.width = LOG_WIDTH
+        elif console.width < LOG_WIDTH:
+            title = title.split()[-1]
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(elapsed_when_finished=True), TextColumn("{task.fields[note]}"),
-            console=Console(stderr=True),
+            TextColumn("{task.description}"), BarColumn(max(4, min(40, console.width - 80))), MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"), TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[note]}"), console=console,
         )  # fmt: skip
         self.task = self.progress.add_task(title, total=total, completed=done, rate="", note="")
 

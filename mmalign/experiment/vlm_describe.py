@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mmalign.data.remote import is_remote
 from mmalign.errors import ConfigError, DataError, RewardError
+from mmalign.experiment.absent import absent_model, absent_tables
 from mmalign.experiment.settings import ExperimentConfig, LoraConfig
 
 ANSWER = 128
@@ -21,8 +21,8 @@ def answer_files(config: ExperimentConfig) -> list[str]:
     from mmalign.rewards.answers import require_judge
 
     problems = []
-    if not is_remote(config.data.manifest) and not Path(config.data.manifest).exists():
-        problems.append(f"data.manifest: no file or folder '{config.data.manifest}'; make it with 'mmalign data import'")
+    if absent := absent_tables(config):
+        problems += absent
     else:
         try:
             require_kind(config, open_vlm(config.data.manifest, progress=False))
@@ -48,10 +48,7 @@ def answer_files(config: ExperimentConfig) -> list[str]:
             except RewardError as error:
                 problems.append(f"{key}: {error}")
     problems += _held_out(config)
-    path = config.model.model_dump()["path"]
-    if "/" not in path and not Path(path).exists():
-        problems.append(f"model.path: no folder '{path}', and a hub id has the form owner/name")
-    return problems
+    return problems + absent_model(config.model.model_dump()["path"])
 
 
 def _held_out(config: ExperimentConfig) -> list[str]:

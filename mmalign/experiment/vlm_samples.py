@@ -34,12 +34,10 @@ def question_table(source: str) -> Path:
     Raises:
         ConfigError: no such file or folder.
     """
-    path = Path(source)
-    if not path.exists() and path.parts[:1] == ("assets",):
-        try:
-            path = assets.path(str(Path(*path.parts[1:])))
-        except ModelError as error:
-            raise ConfigError(f"evaluate.prompts: {error}") from error
+    try:
+        path = assets.placed(source)
+    except ModelError as error:
+        raise ConfigError(f"evaluate.prompts: {error}") from error
     if not path.exists():
         raise ConfigError(f"evaluate.prompts: no file or folder '{source}'")
     return path

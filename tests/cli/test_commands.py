@@ -81,6 +81,8 @@ def test_no_arguments_show_the_help_and_the_version_is_known() -> None:
     [
         (["trian"], "No such command 'trian'. Did you mean 'train'?"),
         (["train", "x.yaml", "--resum"], "No such option: --resum"),
+        (["train", "x.yaml", "--optim.lr", "3"], "written without dashes, behind it: optim.lr=VALUE"),
+        (["check", "x.yaml", "--learning_rate=3"], "written without dashes, behind it: optim.lr=VALUE"),
         (["train"], "Missing argument 'CONFIG'"),
         (["list", "method"], "'methods'"),
         (["export", "runs/x", "--format", "ckpt", "--out", "y"], "'diffusers'"),
@@ -196,12 +198,14 @@ def test_a_script_reports_problems_like_the_command(tmp_path: Path, capsys: pyte
     assert "optim.stps: not a setting of optim; did you mean 'steps'? (set on the command line)" in said
 
 
-@pytest.mark.parametrize("arguments", [[], ["--config"], ["--config", "x", "--what"]])
+@pytest.mark.parametrize("arguments", [[], ["--config"], ["--config", "x", "--learning_rate", "3"]])
 def test_a_script_used_wrongly_ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         train_script("diffusion_dpo", arguments)
     assert end.value.code == 2
-    assert "usage: train_diffusion_dpo.py" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "usage: train_diffusion_dpo.py" in said
+    assert ("written without dashes, behind it: optim.lr=VALUE" in said) == ("--learning_rate" in arguments)
 
 
 def test_a_reader_that_goes_away_is_no_fault() -> None:

@@ -52,7 +52,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
-@pytest.mark.parametrize("method", ["rank_dpo", "inpo", "sft"])
+@pytest.mark.parametrize("method", ["rank_dpo", "inpo", "diffusion_sft"])
 def test_any_method_has_a_demo(method: str, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On lists, under a short name, and the control itself."""
 
@@ -64,17 +64,26 @@ def test_any_method_has_a_demo(method: str, labelled: Path, tmp_path: Path, monk
     out = tmp_path / "demo"
     small = ["optim.steps=2", "optim.warmup_steps=0", "optim.batch_size=2", "evaluate.max_prompts=2", "evaluate.steps=2"]
     summary = demo(out, method=method, overrides=small).summary
-    assert summary["method"] == {"inpo": "ddim_inpo", "sft": "diffusion_sft"}.get(method, method)
-    assert summary["evaluation"]["models"] == ["base", "aligned", *(["control"] if method != "sft" else [])]
+    assert summary["method"] == {"inpo": "ddim_inpo"}.get(method, method)
+    assert summary["evaluation"]["models"] == ["base", "aligned", *(["control"] if method != "diffusion_sft" else [])]
     data = load_yaml(out / "config.yaml").values["data"]
     assert Path(data["manifest"]).name == ("candidates" if method == "rank_dpo" else "pairs")
-    if method != "sft":
+    if method != "diffusion_sft":
         control, own = (load_yaml(folder / "config.yaml").values for folder in (out / "control", out))
         assert Path(control["data"]["manifest"]).name == "pairs"
         assert control["optim"]["lr"] == own["optim"]["lr"]
 
 
+def test_the_demo_of_a_mask_learns_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["optim.steps=2", "optim.batch_size=2", "method.user_steps=1", "method.episode=2"]
+    result = demo(tmp_path / "mask", method="freeze_as_guard", overrides=small)
+    assert (tmp_path / "mask" / "export" / "freeze_mask.json").is_file() and (tmp_path / "mask" / "report.html").is_file()
+    assert result.summary["steps"] == 2 and "evaluate-guard" in capsys.readouterr().out
+
+
 def test_methods_with_a_demo(tmp_path: Path) -> None:
-    assert {"diffusion_dpo", "rank_dpo", "smpo", "ddim_inpo", "diffusion_kto", "mapo", "dspo"} <= set(shown())
-    with pytest.raises(ConfigError, match="'rank_dop' has no embedded experiment.*rank_dpo"):
+    from mmalign.trainers import METHODS
+
+    assert set(shown()) == set(METHODS.names())
+    with pytest.raises(ConfigError, match="'rank_dop' is not known; did you mean 'rank_dpo'"):
         demo(tmp_path / "x", method="rank_dop")

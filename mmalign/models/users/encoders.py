@@ -66,10 +66,7 @@ def embed(encoder: SupportEncoder, records: Sequence[PairRecord]) -> Tensor:
 
 def place_of(settings: UsersConfig) -> str:
     """The encoder's path; one that starts with ``assets/`` and is not there is looked up among the embedded assets."""
-    path = Path(str(settings.path))
-    if not path.exists() and path.parts[:1] == ("assets",):
-        return str(assets.path(str(Path(*path.parts[1:]))))
-    return str(settings.path)
+    return str(assets.placed(str(settings.path)))
 
 
 def shape_of(settings: UsersConfig) -> tuple[int, int]:
