@@ -50,7 +50,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(colours: Registry[object])
 
 def test_a_part_of_a_name_is_answered_with_the_names_that_hold_it() -> None:
     known = ["diffusion_dpo", "rank_dpo", "dspo", "mapo"]
-    assert did_you_mean("dpo", known) == "; did you mean 'diffusion_dpo' or 'rank_dpo'?"  # and not 'dspo', which is nearer by letters
+    assert did_you_mean("dpo", known) == "; did you mean 'diffusion_dpo' or 'rank_dpo'?"  # 'dspo' is nearer by letters
     assert did_you_mean("Rank-DPO", known) == "; did you mean 'rank_dpo'?"
     assert did_you_mean("x", [f"a_{number}_x" for number in range(9)]).startswith(" (known: ")
 

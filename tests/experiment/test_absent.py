@@ -19,7 +19,8 @@ TINY = ROOT / "configs" / "tiny"
 @pytest.mark.parametrize(
     ("file", "overrides", "messages"),
     [
-        ("diffusion_orpo", [], ["data.manifest: no file or folder 'runs/demo/data/pairs'", "'mmalign demo --method diffusion_orpo' makes it"]),
+        ("diffusion_orpo", [],
+         ["data.manifest: no file or folder 'runs/demo/data/pairs'", "'mmalign demo --method diffusion_orpo' makes it"]),
         ("temple", [], ["'mmalign demo --method temple' makes it"]),
         ("vlm_list", [], ["'mmalign generate configs/generate/tiny_candidates.yaml' makes it"]),
         ("diffusion_dpo", ["data.manifest=data/mien"], ["'data/mien'", "did you mean 'data/mine'?", "'mmalign data import'"]),
