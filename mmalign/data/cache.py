@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mmalign.data.cachewriter import ShardWriter
-from mmalign.data.files import canonical_hash, file_hash, write_json
+from mmalign.data.files import canonical_hash, file_hash, remove_abandoned, write_json
 from mmalign.data.progress import progress_bar
 from mmalign.data.shards import DIGEST_BYTES, Layout, Shard, key_digest, kinds_of, write_shard
 from mmalign.errors import DataError
@@ -251,6 +251,7 @@ class Cache:
 
         lock = "fill.lock" if shard[1] == 1 else f"fill-{shard[0]}-of-{shard[1]}.lock"
         with FileLock(self.folder / lock), progress_bar("Encoding", total, enabled=progress) as advance:
+            remove_abandoned(self.folder)
             self.refresh()
             writer = ShardWriter(
                 folder=self.folder, shard_bytes=shard_bytes, shard_seconds=shard_seconds, known=self.kinds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import mmap
@@ -54,6 +55,7 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
         with os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8") as handle:
+            _hold(handle)
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
@@ -64,6 +66,29 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _hold(handle: IO[Any]) -> bool:
+    """Lock an open file for as long as it is open; False where somebody else holds it or the file system knows no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what killed writers had begun in a folder: temporary files of `atomic_file` that nobody holds any more.
+
+    A writer holds its file before the first byte is in it, so a file that is empty or held may be somebody's and is left.
+    """
+    for path in folder.glob(".*.tmp"):
+        try:
+            with path.open("rb") as handle:
+                if os.fstat(handle.fileno()).st_size and _hold(handle):
+                    path.unlink(missing_ok=True)
+        except OSError:  # finished or removed by another process a moment ago, or not ours to remove
+            continue
 
 
 def write_text(path: Path, text: str) -> None:

@@ -97,8 +97,10 @@ def _cannot_write(place: Path, error: Exception) -> TrainingError:
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: int) -> Path:
-    """Write ``folder/step-<step>`` and remove the oldest beyond `keep` (0 keeps all)."""
+    """Write ``folder/step-<step>`` and remove the oldest beyond `keep` (0 keeps all), and what a killed run had begun."""
     final = folder / f"step-{step:08d}"
+    for begun in folder.glob(".step-*.tmp-*"):  # a run folder has one writer, and that is here
+        shutil.rmtree(begun, ignore_errors=True)
     with complete_or_absent(final) as temporary:
         for name, value in state.items():
             save_state(temporary / name, value)

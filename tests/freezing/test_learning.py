@@ -1,8 +1,16 @@
-"""Mask learning through the one loop on the embedded model: ratio, turns, determinism, kill and resume, two processes."""
+"""Mask learning through the one loop on the embedded model: ratio, turns, determinism, kill and resume, two processes.
+
+MMALIGN_KILLS says how often learning is killed (by default once in a checkpoint and once in a step).
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import random
+import re
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +22,9 @@ from mmalign.freezing import FreezeMask
 from mmalign.trainers.freeze_as_guard import FreezeAsGuard, FreezeAsGuardConfig
 from tests.freezing.conftest import ROOT
 from tests.invariants.conftest import metric_lines
+from tests.killing import kill_when, start
 
+KILLS = max(2, int(os.environ.get("MMALIGN_KILLS", "2")))
 CONFIG = str(ROOT / "configs" / "tiny" / "freeze_as_guard.yaml")
 
 
@@ -52,6 +62,9 @@ def test_the_artefact(straight: Path) -> None:
     assert {mask.tensors[name].score >= highest[85] for name in mask.frozen} == {True}
     for name in ("mask_by_block", "mask_by_kind"):
         figure = (straight / "export" / f"{name}.svg").read_text()
+        width = int(re.search(r'width="(\d+)"', figure)[1])  # type: ignore[index]
+        labels = re.findall(r'<text x="(\d+)"[^>]*fill="#555">([^<]*)<', figure)
+        assert labels and all(int(x) + 7 * len(words) <= width for x, words in labels), "labels are not cut"
         assert figure.startswith("<svg") and "86 of 286 tensors frozen (30.1 %)" in figure
     assert "up 1" in (straight / "export" / "mask_by_block.svg").read_text()
     assert "cross-attention" in (straight / "export" / "mask_by_kind.svg").read_text()
@@ -84,18 +97,58 @@ def test_the_same_seed_gives_the_same_mask_and_another_one_another(straight: Pat
     assert FreezeMask.load(other / "export").frozen != FreezeMask.load(straight / "export").frozen
 
 
-def test_stop_and_resume_is_the_straight_run_bit_for_bit(straight: Path, tmp_path: Path) -> None:
-    import shutil
+def begun(run: Path) -> set[str]:
+    """Checkpoints that a killed run was writing."""
+    return {path.name for path in (run / "checkpoints").glob(".step-*.tmp-*")}
 
-    halves = tmp_path / "halves"
-    shutil.copytree(straight, halves)
-    shutil.rmtree(halves / "export")
-    shutil.rmtree(halves / "checkpoints" / "step-00000010")  # killed between step 5 and step 10
-    learn(halves, resume=True)
-    assert policy_files(halves, 10) == policy_files(straight, 10)
-    assert metric_lines(halves) == metric_lines(straight)
-    mask = (halves / "export" / "freeze_mask.json").read_bytes()
-    assert mask == (straight / "export" / "freeze_mask.json").read_bytes()
+
+def logged(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def learn_on(out: str) -> None:
+    learn(Path(out), resume=logged(Path(out)) > 0, run__save_every=1)
+
+
+def same(run: Path, straight: Path) -> None:
+    assert policy_files(run, 10) == policy_files(straight, 10)
+    assert metric_lines(run) == metric_lines(straight)
+    assert (run / "export" / "freeze_mask.json").read_bytes() == (straight / "export" / "freeze_mask.json").read_bytes()
+    assert not begun(run), "what a killed run had begun takes no room for ever"
+
+
+def test_killed_in_a_step_and_in_a_checkpoint_and_resumed_it_is_the_straight_run(straight: Path, tmp_path: Path) -> None:
+    run, chance = tmp_path / "run", random.Random(5)
+    hits = {"checkpoint": 0, "step": 0}
+    for _ in range(4 * KILLS):
+        if sum(hits.values()) >= KILLS:
+            break
+        before, written, moment, seen = begun(run), logged(run), chance.uniform(0.0, 0.05), 0.0
+        process = start(learn_on, str(run))
+
+        def in_a_checkpoint(before: set[str] = before) -> bool:
+            return bool(begun(run) - before)
+
+        def in_a_step(written: int = written, moment: float = moment) -> bool:
+            nonlocal seen
+            if not seen and logged(run) > written:
+                seen = time.monotonic()
+            return bool(seen) and time.monotonic() - seen >= moment
+
+        if hits["checkpoint"] <= hits["step"]:
+            # It may just have finished writing; then this was a kill like any other.
+            hits["checkpoint"] += kill_when(process, in_a_checkpoint) and in_a_checkpoint()
+        else:
+            hits["step"] += kill_when(process, in_a_step)
+        if (run / "export").exists():  # it was through: begin again
+            learn_on(str(run))
+            same(run, straight)
+            shutil.rmtree(run)
+    learn_on(str(run))
+    same(run, straight)
+    assert sum(hits.values()) >= KILLS and hits["checkpoint"]
+    print(hits)
 
 
 def test_ratios_by_parameters_are_met_to_one_tensor(tmp_path: Path) -> None:
@@ -106,7 +159,6 @@ def test_ratios_by_parameters_are_met_to_one_tensor(tmp_path: Path) -> None:
 
 def test_two_processes_make_the_mask_of_one(tmp_path: Path) -> None:
     """Rows are cut from one order and gradients averaged, so scores agree to the rounding of sums."""
-    import os
     import subprocess
     import sys
 
