@@ -8,7 +8,7 @@ from html import escape
 from mmalign.freezing.mask import FreezeMask
 from mmalign.freezing.names import block, block_order, kind
 
-_WIDTH, _LEFT, _BAR, _ROW = 640, 150, 330, 34
+_WIDTH, _LEFT, _BAR, _ROW = 700, 150, 330, 34
 _TONES = {"tensors": "#4878a8", "parameters": "#c2703d"}
 
 
