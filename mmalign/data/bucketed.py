@@ -14,7 +14,7 @@ from mmalign.data.buckets import BucketTable
 from mmalign.data.cache import Cache
 from mmalign.data.mediaindex import MediaIndex
 from mmalign.data.orders import BucketedOrder
-from mmalign.data.pair_loader import MaskedRow, PairLoader
+from mmalign.data.pair_loader import MAX_MASKED, MaskedRow, PairLoader
 from mmalign.data.reasons import Problem
 from mmalign.data.tables import PairTable
 from mmalign.errors import DataError
@@ -76,7 +76,7 @@ class BucketedLoader:
         latents: Mapping[int, Cache] | None = None,
         workers: Workers = 2,
         prefetch: int = 3,
-        max_runtime_failures: int = 10,
+        max_runtime_failures: int = MAX_MASKED,
         **settings: Any,
     ) -> None:
         self.order, self.table, self.prefetch = order, table, prefetch

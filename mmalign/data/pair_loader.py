@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from mmalign.data.decoders import ProcessReader
 
 T = TypeVar("T")
+MAX_MASKED: Final = 10
+"""More different rows than this that cannot be read while training stop a run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +95,7 @@ class PairLoader:
         decode: ``threads``, or ``processes`` (as many as `workers`; with ``auto`` one a core) that decode into
             shared memory.
         prefetch: micro-batches read ahead.
-        max_runtime_failures: more distinct masked rows than this stop the run.
+        max_runtime_failures: more distinct rows than this, masked by this process, stop the run.
         retry_seconds: pauses before reading a missing file again.
 
     Raises:
@@ -124,7 +126,7 @@ class PairLoader:
         workers: Workers = 2,
         decode: str = "threads",
         prefetch: int = 3,
-        max_runtime_failures: int = 10,
+        max_runtime_failures: int = MAX_MASKED,
         retry_seconds: Sequence[float] = (0.1, 0.5, 2.0),
         limits: Limits = DEFAULT,
     ) -> None:

@@ -20,7 +20,7 @@ from mmalign.data.autoworkers import Workers, measured_workers, require_workers
 from mmalign.data.cache import Cache
 from mmalign.data.mediaindex import Picture
 from mmalign.data.order import Order, Slot
-from mmalign.data.pair_loader import MaskedRow
+from mmalign.data.pair_loader import MAX_MASKED, MaskedRow
 from mmalign.data.ranked import RankedTable
 from mmalign.data.ranked_index import ListIndex, needed_list_latents
 from mmalign.data.sources import (
@@ -74,7 +74,7 @@ class RankedLoader:
         text: Cache | None = None,
         workers: Workers = 2,
         prefetch: int = 3,
-        max_runtime_failures: int = 10,
+        max_runtime_failures: int = MAX_MASKED,
         limits: Limits = DEFAULT,
     ) -> None:
         if not 0 <= rank < world_size:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mmalign.data.files import canonical_hash
@@ -46,8 +46,14 @@ class StagedLoader:
 
     @property
     def masked(self) -> list[MaskedRow]:
-        """Rows that had weight 0 in a batch, over all stages."""
-        return [row for loader in self.loaders for row in loader.masked]
+        """Rows that had weight 0 in a batch, over all stages, with the steps of the run."""
+        found, first = [], 0
+        for number, (loader, count) in enumerate(zip(self.loaders, self.steps, strict=True)):
+            # A stage's loader is asked for one batch more than the stage has, which nobody trains on.
+            own = [row for row in loader.masked if row.step < count or number + 1 == len(self.steps)]
+            found += [replace(row, step=first + row.step) for row in own]
+            first += count
+        return found
 
     def place(self, step: int) -> tuple[int, int]:
         """Number of the stage that a step belongs to, and the step's number in it; the last stage goes on without end."""

@@ -258,7 +258,9 @@ def _open_jsonl(path: Path) -> Storage:
     columns = sorted({name for row in rows for name in row})
     arrays = []
     for name in columns:
-        values = [_as_image(row.get(name)) if name in ("chosen", "rejected") else row.get(name) for row in rows]
+        # A line without the key says what a table without the column says; `null` says that nobody knows.
+        absent = 1.0 if name == "p_chosen" else None
+        values = [_as_image(row.get(name)) if name in ("chosen", "rejected") else row.get(name, absent) for row in rows]
         values = [json.dumps(v) if name == "meta" and v is not None and not isinstance(v, str) else v for v in values]
         arrays.append(_column(path, name, values, lines))
     table = pa.table(arrays, names=columns) if columns else pa.table({})

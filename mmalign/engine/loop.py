@@ -46,6 +46,10 @@ class Callbacks:
     samples_every: int = 0
     epoch_done: Callable[[int], None] | None = None
     """Called on every process when the rows were seen once more, with how often that is."""
+    masked: Callable[[int], int] | None = None
+    """How many rows of a step, counted from 0, this process could not read and gave weight 0; asked in every step."""
+    some_masked: Callable[[int], None] | None = None
+    """Called on every process after a step in which any process masked rows, with the number of finished steps."""
     progress: Callable[[int, Mapping[str, float]], None] | None = None
     """Called on the main process after every step with the newest logged metrics."""
     trackers: Sequence[Tracker] = ()
@@ -158,8 +162,10 @@ class Loop:
         stream = batches.micro_batches(self.step)
         with stop.listening():
             while self.step < self.optim.steps:
-                waited += self._one_step(stream, stop)
+                waited += self._one_step(stream, stop, callbacks.masked)
                 self.seconds = before + time.monotonic() - start
+                if self._masked and callbacks.some_masked is not None:
+                    callbacks.some_masked(self.step)
                 interrupted = self._stop_agreed
                 if self.step % self.run.log_every == 0 or self.step == self.optim.steps or self.step == first + 1 == 1:
                     now = time.monotonic()
@@ -181,7 +187,9 @@ class Loop:
                     return FitResult(step=self.step, interrupted=True, seconds=self.seconds, metrics=logged)
         return FitResult(step=self.step, interrupted=False, seconds=self.seconds, metrics=logged)
 
-    def _one_step(self, stream: Iterator[tuple[int, int, Any]], stop: StopRequest) -> float:
+    def _one_step(
+        self, stream: Iterator[tuple[int, int, Any]], stop: StopRequest, masked: Callable[[int], int] | None
+    ) -> float:
         """One move of the optimiser; returns the seconds spent waiting for data."""
         accelerator, micros = self.accelerator, self.optim.accumulate
         ctx = StepContext(step=self.step, seed=self.run.seed, device=accelerator.device)
@@ -204,12 +212,19 @@ class Loop:
             self.window.add({name: value for name, value in out.metrics.items() if name != "weight"}, weight)
             totals = totals + torch.stack([weight, torch.full_like(weight, float(len(batch)))])
             finite = finite * torch.isfinite(out.loss.detach()).float()
-        self._move(used, totals, finite, stop)
+        lost = 0 if masked is None else masked(self.step)
+        self._move(used, totals, finite, torch.tensor([float(stop.asked), float(lost)], device=accelerator.device))
         self.trainer.after_step(ctx)
         return waited
 
-    def _move(self, used: str, totals: Tensor, finite: Tensor, stop: StopRequest) -> None:
-        """Check every process, then scale, clip and step. The only place that waits for the device in a step."""
+    def _move(self, used: str, totals: Tensor, finite: Tensor, told: Tensor) -> None:
+        """Check every process, then scale, clip and step. The only place that waits for the device in a step.
+
+        Args:
+            totals: weight and number of this process's rows. ``[2]``
+            finite: 1 where all losses were. Scalar.
+            told: whether a stop was asked for, and how many rows were masked. ``[2]``
+        """
         accelerator, optimizer, tensors = self.accelerator, self.prepared[used], self.groups[used]
         if accelerator.scaler is not None:
             accelerator.unscale_gradients(optimizer)
@@ -217,13 +232,14 @@ class Loop:
         norm = torch.nn.utils.get_total_norm(gradients)
         # With fp16 the scaler skips steps whose gradients overflow; only a loss that is not finite is then an error.
         sound = finite if accelerator.scaler is not None else finite * torch.isfinite(norm).float()
-        asked = torch.full_like(finite, float(stop.asked))
-        packed = torch.stack([1 - sound, asked, totals[0], totals[1]])
-        bad, asked_by, weight, rows = accelerator.reduce(packed, "sum").tolist()
+        packed = torch.cat([(1 - sound).reshape(1), totals, told])
+        bad, weight, rows, asked_by, self._masked = accelerator.reduce(packed, "sum").tolist()
         if bad:
             self._refuse(finite)
+        self._stop_agreed = asked_by > 0
         if weight <= 0:
-            raise TrainingError(f"step {self.step + 1}: every row of the batch was masked; see quarantine.jsonl")
+            self._pass_over()
+            return
         # The loss was divided by the number of rows; the mean is over rows that count.
         scale = rows / weight
         norm = norm * scale
@@ -242,7 +258,23 @@ class Loop:
             self.average.update()
         self.window.add({"grad_norm": norm, "lr": torch.full_like(norm, rate)}, torch.ones_like(norm))
         self.step += 1
-        self._stop_agreed = asked_by > 0
+
+    def _pass_over(self) -> None:
+        """A step of which no row could be read moves nothing, on any process; the rows are listed like all that are masked.
+
+        Raises:
+            TrainingError: the rows could be read and count for nothing.
+        """
+        if not self._masked:
+            raise TrainingError(
+                f"step {self.step + 1}: every row of the batch has weight 0, so there is nothing to learn from; look at the "
+                f"table's column 'weight'"
+            )
+        for each in self.optimizers.values():
+            each.zero_grad()
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # it was told of these gradients, and would refuse the next ones
+        self.step += 1
 
     def _rate(self) -> float:
         """The learning rate of the step under way; a method of several stages runs the schedule once in each."""
@@ -295,3 +327,5 @@ class Loop:
         self.accelerator.wait_for_everyone()
 
     _stop_agreed = False
+    _masked = 0.0
+    """Rows that all processes together masked in the step before."""

@@ -110,6 +110,7 @@ def prepare_inputs(
         "batch_size": optim.batch_size, "accumulate": optim.accumulate, "world_size": accelerator.num_processes,
         "rank": accelerator.process_index, "seed": config.run.seed, "flip": wanted.flip, "drop_caption": wanted.drop_caption,
         "workers": wanted.workers, "prefetch": wanted.prefetch,
+        "max_runtime_failures": streams.masked_limit(accelerator.num_processes),
     }  # fmt: skip
     if config.data.buckets:
         shaped, lost = streams.bucketed(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmalign.data.autoworkers import fixed_workers
 from mmalign.errors import ConfigError, DataError
+from mmalign.experiment import streams
 from mmalign.experiment.inputs import ENCODE_BATCH, Inputs, cache_root, refuse_missing_scores, resolution
 from mmalign.experiment.settings import ExperimentConfig
 from mmalign.models.diffusion.base import DiffusionFamily
@@ -53,6 +54,7 @@ def prepare_lists(config: ExperimentConfig, family: DiffusionFamily, accelerator
         table, index, augmentation=augmentation, batch_size=config.optim.batch_size, accumulate=config.optim.accumulate,
         world_size=accelerator.num_processes, rank=accelerator.process_index, seed=config.run.seed, shuffle=settings.shuffle,
         latents=latents, text=text, workers=settings.workers, prefetch=settings.prefetch,
+        max_runtime_failures=streams.masked_limit(accelerator.num_processes),
     )  # fmt: skip
     return Inputs(
         loader=loader, table_fingerprint=loader.order.fingerprint, processes=accelerator.num_processes, checked=index.checked

@@ -8,9 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mmalign.data.pair_loader import MaskedRow
+from mmalign.data.pair_loader import MAX_MASKED, MaskedRow
 from mmalign.data.reasons import QUARANTINE
 from mmalign.engine.checkpoint import read_checkpoint
+from mmalign.errors import DataError
 from mmalign.experiment.inputs import Inputs
 
 PART = "rows"
@@ -53,6 +54,26 @@ class RowCounts:
         whole = {(row.step, row.id, row.column): row for row in (*self._earlier, *mine)}
         self._all = [whole[key] for key in sorted(whole)]
         return self._all
+
+    def masked(self, step: int) -> int:
+        """How many rows of a step, counted from 0, this process masked."""
+        return sum(row.step == step for row in self.inputs.loader.masked)
+
+    def refuse_too_many(self, step: int) -> None:
+        """Stop every process at the same step where all of them together, before a resume too, have masked too many rows.
+
+        Raises:
+            DataError: more different rows than `MAX_MASKED`; lists them.
+        """
+        different = {row.id: row for row in self.gather(step)}
+        if len(different) > MAX_MASKED:
+            listed = "\n".join(
+                f"  {row.where} (id {row.id}): {row.column}: {row.reason}: {row.detail}" for row in different.values()
+            )
+            raise DataError(
+                f"step {step}: {len(different)} rows could not be read while training (limit {MAX_MASKED}); the last checkpoint "
+                f"is intact. Bring the files back and go on with --resume, or run 'mmalign data check' and start anew:\n{listed}"
+            )
 
     def news(self, title: str) -> str | None:
         """A line for people, of what was gathered last; None where it would say what the last one said."""

@@ -202,6 +202,7 @@ def _fit(
     with bar(title, config.optim.steps, "steps", done=loop.step, show=accelerator.is_main_process) as shown:
         callbacks = Callbacks(
             samples=samples.write, samples_every=config.evaluate.every, trackers=trackers, epoch_done=epoch_done,
+            masked=counts.masked, some_masked=counts.refuse_too_many,
             progress=lambda step, metrics: shown.advance(1, note_of(metrics)),
         )  # fmt: skip
         with _compiler_told(config):

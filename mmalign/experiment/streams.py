@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,14 @@ def usable(settings: DataConfig, table: PairTable, policy: CheckPolicy, *, progr
         media=media,
         flags=flags,
     )
+
+
+def masked_limit(processes: int) -> int:
+    """How many rows a loader may mask before it stops its process: where there are several, one that stopped alone would leave
+    the others waiting, and the loop stops all of them together (``rowcounts``)."""
+    from mmalign.data.pair_loader import MAX_MASKED
+
+    return MAX_MASKED if processes == 1 else sys.maxsize
 
 
 def mixture(settings: DataConfig, table: PairTable, rows: np.ndarray, *, seed: int, global_batch: int) -> Order | None:

@@ -26,6 +26,7 @@ from mmalign.data.vlm_check import usable_vlm
 from mmalign.data.vlm_loader import Encode, RowRefused, VlmLoader
 from mmalign.data.vlm_rows import RowProblem
 from mmalign.errors import ConfigError, DataError
+from mmalign.experiment import streams
 from mmalign.experiment.inputs import Inputs, cache_root
 from mmalign.experiment.settings import ExperimentConfig
 from mmalign.models.reference import Reference
@@ -87,6 +88,7 @@ def prepare_vlm(config: ExperimentConfig, parts: Any, accelerator: Any) -> Input
         collate=cast(Any, collate_records if raw else family.collate), batch_size=config.optim.batch_size,
         accumulate=config.optim.accumulate, world_size=accelerator.num_processes, rank=accelerator.process_index,
         seed=config.run.seed, shuffle=config.data.shuffle, workers=config.data.workers, prefetch=config.data.prefetch,
+        max_runtime_failures=streams.masked_limit(accelerator.num_processes),
         mismatched=wants_mismatched(config),
     )  # fmt: skip
     if config.data.cache_vision:

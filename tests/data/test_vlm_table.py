@@ -17,6 +17,7 @@ from PIL import Image
 
 from mmalign.branches import BranchBatch, BranchRecord, EncodedExample, EncodedRow, MediaBatch, VideoRef
 from mmalign.data.check import CheckPolicy
+from mmalign.data.staged import StagedLoader
 from mmalign.data.vlm import is_vlm, open_vlm
 from mmalign.data.vlm_check import check_vlm, usable_vlm
 from mmalign.data.vlm_loader import RowRefused, VlmLoader
@@ -325,3 +326,17 @@ def test_too_many_masked_rows_stop_the_run(tmp_path: Path) -> None:
     next(stream)
     with pytest.raises(DataError, match=r"row-3.*too_long: its prefix has 9 tokens"):
         next(stream)
+
+
+def test_masked_rows_of_stages_have_the_steps_of_the_run(tmp_path: Path) -> None:
+    """Two steps of rows 0 to 3, then three of the same: row 3 is met at steps 1 and 3, and the batch that a stage's loader
+    makes beyond its end is nobody's."""
+    path = table_of(tmp_path, [pair(n) for n in range(4)])
+    made = StagedLoader([loader(path, shuffle=False, workers=0) for _ in range(2)], [2, 3])
+    stream = made.micro_batches()
+    assert [next(stream)[0] for _ in range(5)] == [0, 1, 2, 3, 4]
+    assert [(row.id, row.step) for row in made.masked] == [("row-3", 1), ("row-3", 3)]
+    short = StagedLoader([loader(path, shuffle=False, workers=0) for _ in range(2)], [1, 3])
+    stream = short.micro_batches()
+    assert [next(stream)[0] for _ in range(2)] == [0, 1]
+    assert not short.masked, "row 3 was in the batch after the last one of the first stage"

@@ -84,11 +84,31 @@ def test_a_gradient_that_is_not_finite_is_named_as_such(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_step_without_a_single_row_is_an_error(tmp_path: Path) -> None:
+def test_a_step_whose_rows_all_weigh_nothing_is_an_error(tmp_path: Path) -> None:
     run = session(tmp_path, stream=ToyStream(weights=lambda step, row: float(step != 2)))
-    with pytest.raises(TrainingError, match="step 3: every row of the batch was masked; see quarantine.jsonl"):
+    with pytest.raises(TrainingError, match="step 3: every row of the batch has weight 0.*column 'weight'"):
         run.fit()
     assert run.loop.step == 2
+
+
+def test_a_step_of_which_no_row_could_be_read_moves_nothing(tmp_path: Path) -> None:
+    """Steps 1 and 2 and then 4 to 6: momentum, decay, average and rate are those of steps that have rows."""
+    told: list[int] = []
+    stream = ToyStream(weights=lambda step, row: float(step != 2))
+    run = session(tmp_path / "run", stream=stream, ema_decay=0.9, weight_decay=0.1)
+    before: dict[str, Any] = {}
+
+    def look(step: int, metrics: Any) -> None:
+        if step == 2:
+            before.update(run.weights())
+        if step == 3:
+            assert all(torch.equal(before[name], value) for name, value in run.weights().items())
+            assert run.loop.average is not None and run.loop.average.updates == 2
+
+    run.fit(masked=lambda step: 4 * (step == 2), some_masked=told.append, progress=look)
+    assert told == [3] and run.loop.step == 6 and before
+    assert [line["loss"] is None for line in run.lines()] == [False, False, True, False, False, False]
+    assert any(not torch.equal(before[name], value) for name, value in run.weights().items())
 
 
 def test_a_stream_that_lost_its_place_is_noticed(tmp_path: Path) -> None:
