@@ -28,6 +28,7 @@ import torch
 from flops import matmul_rate
 from PIL import Image, features
 from PIL import __version__ as pillow_version
+from rewards_command import command
 from rewards_models import Models, build
 
 from mmalign import rewards
@@ -367,6 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         best = end_to_end(bench, encoder)
         bench.decoders.close()
         loop(bench, best)
+        command(bench, encoder)
         compiled(bench)
     return 0
 

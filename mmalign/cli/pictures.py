@@ -15,7 +15,12 @@ Workers = Annotated[
     int | None, typer.Option(min=1, help="Decoding threads per process; by default the cores shared between them.")
 ]
 DecodeWorkers = Annotated[
-    int, typer.Option(min=0, help="Processes that decode, for each one that scores; 0: its threads do. Same scores.")
+    int | None,
+    typer.Option(
+        min=0,
+        help="Processes that decode, for each one that scores; 0: its threads do. Same scores. By default one per core if a GPU "
+        "scores more than 4,096 rows, else 0.",
+    ),
 ]
 Decode = Annotated[
     str, typer.Option(help="full, or draft2x: JPEGs at a fraction that leaves twice the reward's size. Other pixels.")
@@ -42,14 +47,19 @@ def colours(alpha: str, exif: bool, clip: bool) -> Colours:
         raise DataError(f"--{error}") from error
 
 
-def check_processes(processes: int, decode_workers: int, engine: str) -> None:
-    """Helpers that score are ended with their parent by force, so they may not have processes of their own.
+def decoding_processes(processes: int, decode_workers: int | None, engine: str) -> int | None:
+    """What --decode-workers comes to; None: chosen when it is known what is to be scored, and where.
+
+    Helpers that score are ended with their parent by force, so they may not have processes of their own.
 
     Raises:
         DataError: both were asked for.
     """
+    if decode_workers is None:
+        return None if processes == 1 and engine == "local" else 0
     if decode_workers and processes > 1 and engine == "local":
         raise DataError(
             "--processes with --decode-workers: use one of them, or 'accelerate launch' (or --engine processes) with"
             " --decode-workers"
         )
+    return decode_workers

@@ -17,8 +17,8 @@ from mmalign.cli.pictures import (
     Exif,
     FastPreprocess,
     Workers,
-    check_processes,
     colours,
+    decoding_processes,
 )
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def score(
     engine: Engine = "local",
     gpus: Gpus = None,
     workers: Workers = None,
-    decode_workers: DecodeWorkers = 0,
+    decode_workers: DecodeWorkers = None,
     decode: Decode = "full",
     fast_preprocess: FastPreprocess = False,
     ensemble: Annotated[
@@ -102,7 +102,7 @@ def score(
     names = _split(reward)
     paths = _by_name(path, "--path", "FOLDER")
     revisions = _revisions(revision, names, paths)
-    check_processes(processes, decode_workers, engine)
+    decode_workers = decoding_processes(processes, decode_workers, engine)
     columns = Columns(images=_split(image_col), prompt=prompt_col, key=key_col, fixed_prompt=prompt, user=user_col,
                       fixed_user=user, prompt_file=str(prompt_file) if prompt_file else None)  # fmt: skip
     job = Job(

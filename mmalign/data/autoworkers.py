@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Final, Literal
 
+from mmalign.media.cores import available_cores
+
 Workers = int | Literal["auto"]
 MEASURE_SECONDS: Final = 2.0
 GAIN: Final = 1.15
 """Twice the threads have to give this much more, or they are not worth their contention."""
-
-
-def available_cores() -> int:
-    """Cores that this process may use, shared with the processes that a launcher started beside it on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    beside = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, cores // max(1, int(beside) if beside.isdigit() else 1))
 
 
 def fixed_workers(workers: Workers) -> int:

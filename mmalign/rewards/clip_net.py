@@ -108,9 +108,20 @@ class VisionTower(nn.Module):
 
     def stem(self, pixels: Tensor) -> Tensor:
         """Normalised float pixels ``[N, 3, s, s]`` -> ``[N, 1 + patches, width]``."""
-        patches = self.patch(pixels.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)
+        pixels = pixels.to(self.patch.weight.dtype)
+        patches = self._as_product(pixels) if _fused(pixels) else self.patch(pixels).flatten(2).transpose(1, 2)
         states = torch.cat([self.cls.expand(len(patches), 1, -1), patches], dim=1) + self.positions
         return self.norm_in(states)
+
+    def _as_product(self, pixels: Tensor) -> Tensor:
+        """The convolution of `stem` as one matrix product, ``[N, patches, width]``, for its patches do not overlap: several times
+        faster than cuDNN's kernel."""
+        side = self.patch.kernel_size[0]
+        rows, colours, height, width = pixels.shape
+        cut = pixels.view(rows, colours, height // side, side, width // side, side).permute(0, 2, 4, 1, 3, 5)
+        flat, weight = cut.reshape(rows, -1, colours * side * side), self.patch.weight.flatten(1)
+        spare = -flat.shape[-1] % 8  # rows that do not begin at 16 bytes are read slowly
+        return F.linear(F.pad(flat, (0, spare)), F.pad(weight, (0, spare)))
 
     def stem_state(self) -> dict[str, Tensor]:
         """The tensors `stem` uses, by name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmalign.media import MediaError, image_kind
+from mmalign.media.cores import available_cores
 from mmalign.media.slots import SlotPool
 from mmalign.rewards.decoding import LARGE, Loaded, Wanted, load_picture
 from mmalign.rewards.inputs import Picture, read_picture
@@ -28,6 +30,9 @@ WHOLE_SLOT: Final = 16 << 20
 """The same where pictures come back whole, to be resized on the encoders' device: a chunk of 1024 x 1024."""
 SLOTS_EACH: Final = 2
 """Slots per process: one at work, one to be emptied."""
+WORTH: Final = 4096
+"""Pictures from which on processes are started without being asked for: threads read so many in ten seconds."""
+MOST_PROCESSES: Final = 32
 LARGEST_THERE: Final = 4 * LARGE
 """Pixels of a picture that processes decode; larger ones are decoded here, where their memory is counted."""
 
@@ -127,6 +132,16 @@ class ProcessDecoders:
                 if unlock is not None:
                     self._pool.before_close(unlock)
             return self._pool
+
+
+def suitable_processes(pictures: int, device: torch.device) -> int:
+    """How many processes are worth their start of some seconds: one per core (shared with others of this launch) where a GPU
+    waits for thousands of pictures and there is shared memory for them; else 0, and threads decode."""
+    memory = Path("/dev/shm")
+    if device.type != "cuda" or pictures < WORTH or not memory.is_dir():
+        return 0
+    found = min(available_cores(), MOST_PROCESSES, shutil.disk_usage(memory).free // (2 * SLOTS_EACH * WHOLE_SLOT))
+    return found if found >= 3 else 0
 
 
 def named_file(entry: Any) -> str | None:

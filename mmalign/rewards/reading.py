@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from mmalign.media import PLAIN, Colours, Limits, MediaError
+from mmalign.media.cores import available_cores
 from mmalign.rewards.decoders import CHUNK, ProcessDecoders, named_file
 from mmalign.rewards.decoding import Loaded, Wanted, load_picture
 from mmalign.rewards.inputs import Picture, read_picture
@@ -20,8 +20,7 @@ MOST_WORKERS = 32
 
 def default_workers() -> int:
     """Threads that read, decode and resize: one per core that this process may use, at least 4 and at most `MOST_WORKERS`."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_WORKERS, max(4, cores))
+    return min(MOST_WORKERS, max(4, available_cores()))
 
 
 @dataclass(slots=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from mmalign.rewards import Backend, ScorerSet
+
+
+LANES = 3
+"""Parts in the making on a GPU."""
 
 
 def part_rows(count: int) -> int:
@@ -54,8 +60,8 @@ class Job:
     """Parquet file for the image embeddings of rewards that have one."""
     colours: Colours = PLAIN
     """What becomes of transparency, rotation tags and floats outside [0, 1]."""
-    decode_workers: int = 0
-    """Processes that decode, for each process that scores; 0: the threads do."""
+    decode_workers: int | None = 0
+    """Processes that decode, for each process that scores; 0: the threads do; None: as many as are worth it."""
     decode: str = "full"
     fast_preprocess: bool = False
     """These two as in `mmalign.rewards.load`."""
@@ -85,6 +91,7 @@ class Worker:
         self._keys: dict[str, str] | None = None
         self._graphs: dict[tuple[str, ...], Any] = {}
         self._hashes: dict[tuple[str, int], str] = {}
+        self._lock = threading.Lock()
         self.decode_wait = 0.0
         """Seconds this process waited for pictures to be read and decoded."""
 
@@ -94,23 +101,45 @@ class Worker:
 
     def run(self, *, progress: Callable[[int], None], wait: bool) -> None:
         """Make every part that is not there yet and not in another process's hands (or wait for it)."""
-        for start, stop in self.ranges():
-            with self.store.claim(start, wait=wait) as mine:
-                if mine:
-                    self._part(start, stop, progress)
+        count = self.lanes()
+        if count == 1:
+            for part in self.ranges():
+                progress(self._claimed(part, wait))
+            return
+        lanes = ThreadPoolExecutor(count)
+        try:
+            for rows in lanes.map(lambda part: self._claimed(part, wait), self.ranges()):
+                progress(rows)
+        finally:  # an error or Ctrl-C: what is under way ends, what has not begun never does
+            lanes.shutdown(cancel_futures=True)
+
+    def lanes(self) -> int:
+        """Parts that are made at the same time: on a GPU the pictures of one are read, and its rows written, while it computes
+        another. Each has its own engine, so its numbers are those it has alone."""
+        from mmalign.rewards.base import EncodingBackend
+
+        self.identities()  # loads, once
+        fast = all(isinstance(one, EncodingBackend) and one.device.type == "cuda" for one in self.scorers().backends)
+        return LANES if fast and not self.job.compile else 1
+
+    def _claimed(self, part: tuple[int, int], wait: bool) -> int:
+        start, stop = part
+        with self.store.claim(start, wait=wait) as mine:
+            if mine:
+                self._part(start, stop)
+        return stop - start if mine else 0
 
     def make(self, number: int) -> int:
         """Make the part of a number, if it is not there yet; returns the number of its rows."""
         start, stop = self.ranges()[number]
         with self.store.claim(start, wait=True):
-            self._part(start, stop, lambda _: None)
+            self._part(start, stop)
         return stop - start
 
-    def _part(self, start: int, stop: int, progress: Callable[[int], None]) -> None:
+    def _part(self, start: int, stop: int) -> None:
         missing = [name for name in self.job.rewards if not self._done(self.key(name, start, stop))]
         if missing:
             self._score(missing, start, stop)
-        progress(stop - start)
 
     def _done(self, key: PartKey) -> bool:
         """Whether a part is there, with embeddings if they are wanted."""
@@ -127,8 +156,12 @@ class Worker:
         """The loaded rewards."""
         if self._loaded is None:
             from mmalign import rewards
+            from mmalign.rewards.decoders import suitable_processes
+            from mmalign.rewards.hub import pick_device
 
-            job = self.job
+            job, decoders = self.job, self.job.decode_workers
+            if decoders is None:
+                decoders = suitable_processes(self.count * len(self.source.columns), pick_device(job.device))
             self._loaded = rewards.load(
                 job.versioned(),
                 dict(job.paths),
@@ -137,7 +170,7 @@ class Worker:
                 workers=job.workers,
                 local_files_only=job.local_files_only,
                 colours=job.colours,
-                decode_workers=job.decode_workers,
+                decode_workers=decoders,
                 decode=job.decode,
                 fast_preprocess=job.fast_preprocess,
             )
@@ -160,12 +193,16 @@ class Worker:
         made = ScorerSet(backends, workers=self.job.workers, compile=self.job.compile, colours=self.job.colours)
         # Compiled and compared once per process, not once per part.
         made.engine.graphs, made.engine.hashes = self._graphs, self._hashes
-        made.engine.reader.decoders, made.engine.workers = self.scorers().engine.reader.decoders, self.scorers().engine.workers
+        whole = self.scorers().engine
+        made.engine.reader.decoders, made.engine.workers = whole.reader.decoders, whole.workers
+        if made.engine.reader.stage is not None and whole.reader.stage is not None:
+            made.engine.reader.stage = whole.reader.stage  # which sizes are worth it is known once
         return made
 
     def _score(self, names: Sequence[str], start: int, stop: int) -> None:
         wanted = [b for n, b in zip(self.job.rewards, self.scorers().backends, strict=True) if n in names]
-        rows = self.source.rows(start, stop)
+        with self._lock:  # a source may keep what it read last
+            rows = self.source.rows(start, stop)
         cells = [(index, column) for index in range(len(rows)) for column in self.source.columns]
         # Rewards that read no prompt can score rows without one; only then is a second pass over the files worth it.
         apart = any(row.prompt is None for row in rows)
@@ -177,7 +214,8 @@ class Worker:
             needing = any(backend.card.needs_prompt for backend in backends)
             keep = self.job.embeddings is not None
             found, early = _run(scorers, rows, cells, needing, self.job.batch_size, embeddings=keep)
-            self.decode_wait += scorers.engine.counters.decode_wait_seconds
+            with self._lock:
+                self.decode_wait += scorers.engine.counters.decode_wait_seconds / self.lanes()
             for backend in backends:
                 name = self.job.rewards[self.scorers().backends.index(backend)]
                 table, report = _table(rows, self.source.columns, cells, early, found[backend.name])

@@ -39,7 +39,7 @@ def test_one_core_has_nothing_to_try(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_processes_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autoworkers.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert (available_cores(), fixed_workers("auto"), fixed_workers(3)) == (2, 2, 3)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")

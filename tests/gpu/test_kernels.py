@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from mmalign import rewards
 from mmalign.rewards import clip_net
-from mmalign.rewards.clip_net import Block, TowerShape
+from mmalign.rewards.clip_net import Block, ClipShape, TowerShape, VisionTower
 
 DEVICE = torch.device("cuda")
 
@@ -46,6 +46,23 @@ def test_a_block_is_no_further_from_float32_than_without_them(causal: bool, monk
         plain = block(states.bfloat16(), causal=causal).float() - exact
     assert float(ours.norm()) <= 1.1 * float(plain.norm())
     assert float(plain.norm()) > 0
+
+
+@pytest.mark.parametrize(("patch", "size"), [(14, 70), (16, 64)])
+def test_the_stem_is_no_further_from_float32_than_without_them(patch: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    shape = TowerShape(width=320, layers=1, heads=4, mlp=640)
+    tower = VisionTower(
+        ClipShape(vision=shape, text=shape, patch=patch, image_size=size, vocabulary=9, context=9, embedding=8)
+    ).to(DEVICE)
+    pixels = torch.randn(3, 3, size, size, device=DEVICE)
+    with torch.inference_mode():
+        exact = tower.stem(pixels)
+        tower.bfloat16()
+        ours = tower.stem(pixels).float() - exact
+        monkeypatch.setattr(clip_net, "_fused", lambda states: False)
+        plain = tower.stem(pixels).float() - exact
+    assert 0 < float(ours.norm()) <= 1.1 * float(plain.norm())
 
 
 def test_scores_in_half_precision_stay_near_those_in_float32() -> None:
