@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mmalign.cli.engine import Engine, Gpus, Shard, Workers
+from mmalign.cli.naming import by_name
 
 ROWS_FAILED = 3
 
@@ -55,12 +56,7 @@ def annotate(
     from mmalign.data.vlm import is_vlm
     from mmalign.errors import DataError
 
-    paths = {}
-    for item in path or []:
-        name, separator, folder = item.partition("=")
-        if not separator:
-            raise DataError(f"--path {item}: expected NAME=FOLDER")
-        paths[name] = folder
+    paths = by_name(path, "--path", "FOLDER")
     names = [name.strip() for name in reward.split(",") if name.strip()]
     if is_vlm(source):
         if shard is not None or engine != "local" or cache is not None or path:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mmalign.cli import pal
+from mmalign.cli.naming import by_name
 
 
 def register(app: typer.Typer) -> None:
@@ -68,12 +69,21 @@ def fetch(name: Annotated[str, typer.Argument(help="Reward name.")]) -> int:
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="A third-party pickled checkpoint.")],
-    out: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="[mps] FILE OUT", help="A third-party pickled checkpoint, and the safetensors file to write."),
+    ],
 ) -> int:
-    """Extract the tensors of a pickled checkpoint without running any of its code."""
+    """Extract the tensors of a pickled checkpoint without running any of its code. All layouts are read the same way, so
+    naming the reward before FILE is allowed and changes nothing."""
+    from mmalign.errors import DataError
     from mmalign.rewards.convert import convert_checkpoint
 
+    if len(files) == 3 and str(files[0]) == "mps":
+        files = files[1:]
+    if len(files) != 2:
+        raise DataError(f"expected FILE and OUT, got {len(files)} names: {' '.join(map(str, files))}")
+    source, out = files
     names = convert_checkpoint(source, out)
     typer.echo(f"{len(names)} tensors -> {out}")
     return 0
@@ -106,8 +116,7 @@ def serve(
     from mmalign.rewards.server import serve_forever
 
     names = [item.strip() for item in reward.split(",") if item.strip()]
-    paths = dict(item.split("=", 1) for item in path or [] if "=" in item)
-    scorers = rewards.load(names, paths, device, dtype)
+    scorers = rewards.load(names, by_name(path, "--path", "FOLDER"), device, dtype)
     personal = [backend.name for backend in scorers.backends if backend.reads_user]
     if personal:
         raise RewardError(f"requests name no user, so serve one user of {personal[0]}: {personal[0]}#NAME")

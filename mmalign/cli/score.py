@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmalign.cli.engine import Engine, Gpus
+from mmalign.cli.naming import by_name
 from mmalign.cli.pictures import (
     Alpha,
     Clip,
@@ -100,7 +101,7 @@ def score(
     from mmalign.scoring.sources import Columns
 
     names = _split(reward)
-    paths = _by_name(path, "--path", "FOLDER")
+    paths = by_name(path, "--path", "FOLDER")
     revisions = _revisions(revision, names, paths)
     decode_workers = decoding_processes(processes, decode_workers, engine)
     columns = Columns(images=_split(image_col), prompt=prompt_col, key=key_col, fixed_prompt=prompt, user=user_col,
@@ -131,22 +132,12 @@ def _close(report: Report, out: Path, seconds: float, strict: bool) -> int:
 def _revisions(items: list[str] | None, names: tuple[str, ...], paths: dict[str, str]) -> dict[str, str]:
     from mmalign.errors import DataError
 
-    revisions = _by_name(items, "--revision", "REVISION")
+    revisions = by_name(items, "--revision", "REVISION")
     for name in revisions:
         if name not in names or name in paths:
             why = "its weights are local (--path)" if name in paths else f"--reward lists {', '.join(names)}"
             raise DataError(f"--revision {name}={revisions[name]}: {why}")
     return revisions
-
-
-def _by_name(items: list[str] | None, option: str, value: str) -> dict[str, str]:
-    from mmalign.errors import DataError
-
-    pairs = [item.partition("=") for item in items or []]
-    for name, separator, given in pairs:
-        if not (name and separator and given):
-            raise DataError(f"{option} {name}{separator}{given}: expected NAME={value}")
-    return {name: given for name, _, given in pairs}
 
 
 def score_eval(

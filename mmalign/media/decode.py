@@ -279,7 +279,7 @@ def _finish(
     plain = image.mode == "RGB" and kind in (JPEG, PNG) and "transparency" not in image.info
     # Copying holds Python's lock for longer than decoding takes a thread, so what is RGB already is handed on as it is.
     rgb = image if plain else _colours(image, flags, colours)
-    stored = _stored(image) if keep_stored else None
+    stored = _stored(image, colours) if keep_stored else None
     method = _rotation(image, flags) if colours.exif else _BACK.get(undone, undone) if undone is not None else None
     if method is not None:
         rgb, stored = rgb.transpose(method), None if stored is None else stored.transpose(method)
@@ -292,7 +292,7 @@ def _finish(
                    stored=stored)  # fmt: skip
 
 
-def _stored(image: Image.Image) -> Image.Image | None:
+def _stored(image: Image.Image, colours: Colours) -> Image.Image | None:
     """A copy that can be resized in its own colours; None where that is the RGB picture itself."""
     mode = image.mode
     if mode.startswith("I"):  # `_colours` has checked the range
@@ -301,8 +301,8 @@ def _stored(image: Image.Image) -> Image.Image | None:
         return image.copy()
     if mode in ("La", "RGBa"):
         return image.convert({"La": "LA", "RGBa": "RGBA"}[mode])
-    # A colour that stands for transparency must become alpha before resizing mixes it with others.
-    if mode == "PA" or "transparency" in image.info:
+    # A colour that stands for transparency must become alpha before resizing mixes it with others; not so if it is dropped.
+    if mode == "PA" or ("transparency" in image.info and colours.alpha != "drop"):
         return image.convert("RGBA")
     return None if mode in ("RGB", "F") else image.copy()  # floats that resizing overshoots would be out of range
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from mmalign.errors import RewardError
 from mmalign.rewards.base import EncodingBackend, Texts
 from mmalign.rewards.cards import Card
 from mmalign.rewards.clip_net import ClipNet, VisionTower
-from mmalign.rewards.files import fingerprint, read_json
+from mmalign.rewards.declared import statistics
+from mmalign.rewards.files import fingerprint
 from mmalign.rewards.hub import local_weights, pick_device, pick_dtype
 from mmalign.rewards.layouts import load_clip
 from mmalign.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
@@ -138,7 +138,7 @@ def build_dual(
     net, layout, identity = request.shared[place]
     dialect = dialect or ("open_clip" if layout == "open_clip" else "hf")
     rule = preprocess or ("clip_tv" if layout == "open_clip" else "clip_hf")
-    mean, std = _statistics(folder)
+    mean, std = statistics(folder, own_rule=preprocess is not None)
     size = net.shape.image_size
     tokenizer = load_tokenizer(
         folder, context=net.shape.context, dialect=dialect, allow_special_tokens=allow_special_tokens
@@ -178,14 +178,3 @@ def embedded(request: LoadRequest) -> DualEncoder:
     options = request.take(allow_special_tokens=False)
     placed = request if request.path is not None else replace(request, path=assets.path(request.name))
     return build_dual(placed, value="logits", **options)
-
-
-def _statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of the checkpoint's own preprocessing file; CLIP's where it has none."""
-    if (folder / "preprocessor_config.json").is_file():
-        config = read_json(folder / "preprocessor_config.json")
-        return tuple(config.get("image_mean", CLIP_MEAN)), tuple(config.get("image_std", CLIP_STD))
-    if (folder / "open_clip_config.json").is_file():
-        config = read_json(folder / "open_clip_config.json").get("preprocess_cfg", {})
-        return tuple(config.get("mean", CLIP_MEAN)), tuple(config.get("std", CLIP_STD))
-    return CLIP_MEAN, CLIP_STD

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmalign.errors import ModelError
 from mmalign.rewards.clip_net import ClipNet, ClipShape, TowerShape
+from mmalign.rewards.declared import check_open_clip, tower_details
 from mmalign.rewards.files import load_strictly, read_folder_state, read_json, read_state, strip_prefix
 
 HF_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -194,13 +195,15 @@ def shape_from_open_clip(config: Mapping[str, Any], state: Mapping[str, Tensor],
     """The shape from open_clip's ``model_cfg`` and the tensors; without a config, the standard head widths are taken.
 
     Raises:
-        ModelError: the tensors are not a CLIP dual encoder in open_clip names.
+        ModelError: the tensors are not a CLIP dual encoder in open_clip names, or the config is of another network than ours.
     """
-    names = ("visual.conv1.weight", "visual.positional_embedding", "token_embedding.weight", "positional_embedding")
+    names = ("visual.conv1.weight", "visual.positional_embedding", "visual.proj", "token_embedding.weight",
+             "positional_embedding", "text_projection")
     flat = _flat_text(state)
     missing = [name for name in (*names, "transformer.resblocks.0.mlp.c_fc.weight") if name not in flat]
     if missing:
         raise ModelError(f"{source} is not an open_clip dual encoder: it has no {', '.join(missing)}")
+    check_open_clip(config, source)
     vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
     width = flat["visual.conv1.weight"].shape[0]
     plain = shape_from_tensors(
@@ -211,9 +214,11 @@ def shape_from_open_clip(config: Mapping[str, Any], state: Mapping[str, Tensor],
         text_heads=text.get("heads", 8) if text else None,
         remedy="put its open_clip_config.json beside them",
     )
-    activation = "quick_gelu" if config.get("quick_gelu", False) else "gelu"
+    quick = bool(config.get("quick_gelu", False))
     return replace(
-        plain, vision=replace(plain.vision, activation=activation), text=replace(plain.text, activation=activation)
+        plain,
+        vision=replace(plain.vision, **tower_details(vision, quick_gelu=quick)),
+        text=replace(plain.text, **tower_details(text, quick_gelu=quick)),
     )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from mmalign.errors import RewardError
 from mmalign.media import PLAIN, Colours, Limits
+from mmalign.registry import did_you_mean
 from mmalign.rewards import catalogue as _catalogue  # noqa: F401  (registers the built-in rewards)
 from mmalign.rewards.base import Backend, EncodingBackend
 from mmalign.rewards.cards import Card
@@ -85,6 +86,7 @@ def load(
         return Ensemble(parts, weights, normalize="linear", **options)
     if isinstance(name, str):
         if isinstance(path, Mapping):
+            _check_paths(path, [name])
             path = path.get(name)
         backend = load_backend(name, path, device, dtype, local_files_only=local_files_only, **options)
         prepare_as([backend], decode=decode, fast_preprocess=fast_preprocess)
@@ -98,6 +100,7 @@ def load(
         raise RewardError(f"a list of rewards needs distinct names, got {names}")
     if path is not None and not isinstance(path, Mapping):
         raise RewardError("several rewards need a path each: path={'name': folder}")
+    _check_paths(path or {}, names)
     shared: dict[str, Any] = {}
     backends = [
         load_backend(item, (path or {}).get(item), device, dtype, local_files_only=local_files_only, shared=shared)
@@ -107,6 +110,13 @@ def load(
     return ScorerSet(
         backends, workers=workers, limits=limits, compile=compile, colours=colours, decode_workers=decode_workers
     )
+
+
+def _check_paths(paths: Mapping[str, str | Path], names: Sequence[str]) -> None:
+    """A mistyped name would leave its reward with other weights than its user has in mind."""
+    for name in paths:
+        if name not in names:
+            raise RewardError(f"a path is given for '{name}', which is not among the rewards to load{did_you_mean(name, names)}")
 
 
 def prepare_as(backends: Sequence[Backend], *, decode: str = "full", fast_preprocess: bool = False) -> None:

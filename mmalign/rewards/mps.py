@@ -217,7 +217,7 @@ def mps(request: LoadRequest) -> Mps:
 
 
 def _cross_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The release's nested names to ours; its constant zero shifts and rotary frequencies are not weights."""
+    """The release's nested names to ours; its constant zero shifts and rotary tables are not weights."""
     rules = (
         (r"^cross_model\.layers\.(\d+)\.0\.fn\.", r"cross.\1."),
         (r"^cross_model\.layers\.(\d+)\.1\.fn\.", r"self_blocks.\1."),
@@ -228,7 +228,7 @@ def _cross_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     )
     out = {}
     for name, value in state.items():
-        if name.endswith("rotary_emb.inv_freq") or (name.endswith("norm.bias") and not bool(value.any())):
+        if name.endswith(("rotary_emb.inv_freq", ".pos_emb")) or (name.endswith("norm.bias") and not bool(value.any())):
             continue
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)

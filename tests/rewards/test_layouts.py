@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,6 +101,52 @@ def test_open_clip_folder(tmp_path: Path, pictures: list[Image.Image], quick_gel
     torch.testing.assert_close(found.values, expected, atol=2e-6, rtol=0)
     assert found.truncated.tolist() == [False, False, False, False, True, False, False, False]
     assert found.flags[1] == ("empty_prompt",)
+
+
+ODD = [
+    ("vision_cfg", {"pool_type": "avg"}, "vision_cfg.pool_type = 'avg'"),
+    ("text_cfg", {"pool_type": "last"}, "text_cfg.pool_type = 'last'"),
+    ("text_cfg", {"no_causal_mask": True}, "text_cfg.no_causal_mask"),
+    ("text_cfg", {"tokenizer_kwargs": {"clean": "canonicalize"}}, "text_cfg.tokenizer_kwargs"),
+    ("vision_cfg", {"act_kwargs": {"approximate": "tanh"}}, None),
+    ("text_cfg", {"norm_kwargs": {"eps": 0.01}}, None),
+]
+
+
+@pytest.mark.parametrize(("part", "setting", "words"), ODD)
+def test_an_open_clip_setting_is_followed_or_refused(
+    tmp_path: Path, pictures: list[Image.Image], part: str, setting: dict[str, Any], words: str | None
+) -> None:
+    open_clip_model(tmp_path, quick_gelu=False)
+    config = json.loads((tmp_path / "open_clip_config.json").read_text())
+    config["model_cfg"][part] |= setting
+    import open_clip
+
+    model = open_clip.model.CLIP(**config["model_cfg"])
+    randomise(model, 3)
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    torch.save(model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    if words is not None:
+        with pytest.raises(ModelError, match=words):
+            rewards.load("clipscore-raw", path=tmp_path)
+        return
+    expected = open_clip_cosine(model.eval(), stack(pictures, Preprocess("clip_tv", 32)), TRICKY)
+    torch.testing.assert_close(rewards.load("clipscore-raw", path=tmp_path).score(pictures, TRICKY), expected, atol=2e-6, rtol=0)
+
+
+def test_pixels_that_a_checkpoint_wants_otherwise(tmp_path: Path) -> None:
+    model = open_clip_model(tmp_path, quick_gelu=False)
+    torch.save(model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    config = json.loads((tmp_path / "open_clip_config.json").read_text())
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({**config, "preprocess_cfg": {"resize_mode": "squash"}}))
+    with pytest.raises(ModelError, match="resize_mode = 'squash'"):
+        rewards.load("clipscore-raw", path=tmp_path)
+    rewards.load("hpsv2.1", path=tmp_path)  # prescribes its own
+    folder = tmp_path / "transformers"
+    make_clip(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"resample": 2, "do_center_crop": False}))
+    with pytest.raises(ModelError, match="do_center_crop = False, resample = 2"):
+        rewards.load("clipscore", path=folder)
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmalign.media import decode_image
+from mmalign.media import Colours, decode_image
 from mmalign.rewards.preprocess import Preprocess
 
 SIZES = [(142, 80), (80, 142), (39, 32), (35, 32), (67, 32), (20, 12), (56, 30), (300, 41), (1, 1), (32, 32), (5, 64),
@@ -108,3 +108,16 @@ def test_tensor_twin_follows_the_picture_rule(name: str) -> None:
     rule = Preprocess(name, 32)
     found = rule.from_image(base).float() / (1 if name.startswith("hps") else 255)
     assert (rule.from_tensor(pixels[None])[0] - found).abs().max() < 2 / 255
+
+
+def test_a_grey_colour_key_is_no_alpha_where_alpha_is_dropped() -> None:
+    """As the released code: resized as grey, converted afterwards. Elsewhere the key is alpha before anything is mixed."""
+    grey = picture(40, 60).convert("L")
+    buffer = io.BytesIO()
+    grey.save(buffer, "PNG", transparency=128)
+    given = Colours(alpha="drop")
+    found = decode_image(buffer.getvalue(), keep_stored=True, colours=given)
+    rule = Preprocess("blip_224", 32)
+    assert torch.equal(rule.from_image(found.image, found.stored, given), rule.from_image(grey.convert("RGB")))
+    kept = decode_image(buffer.getvalue(), keep_stored=True)
+    assert kept.stored is not None and kept.stored.mode == "RGBA"

@@ -55,6 +55,15 @@ def test_convert(tmp_path: Path) -> None:
     assert done.exit_code == 0 and "1 tensors" in done.output
     assert load_file(tmp_path / "a.safetensors")["w"].tolist() == [0.0, 1.0, 2.0]
     assert run("convert", str(tmp_path / "a.pt"), str(tmp_path / "a.bin")).exit_code == 2
+    assert run("convert", "mps", str(tmp_path / "a.pt"), str(tmp_path / "b.safetensors")).exit_code == 0
+    assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+    assert "expected FILE and OUT, got 1" in run("convert", "a.pt").output
+
+
+@pytest.mark.parametrize(("path", "words"), [("tiny-clop=/x", "did you mean 'tiny-clip'"), ("/x", "expected NAME=FOLDER")])
+def test_a_mistyped_path_is_not_left_aside(path: str, words: str) -> None:
+    done = run("serve", "--reward", "tiny-clip", "--port", "0", "--path", path)
+    assert done.exit_code == 2 and words in done.output
 
 
 def test_weights_that_cannot_be_fetched_say_how_to_use_a_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
