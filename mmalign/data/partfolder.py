@@ -22,6 +22,8 @@ from mmalign.errors import DataError
 
 JOB: Final = "job.json"
 DONE: Final = "job.done.json"
+MAX_CHANGES: Final = 5
+"""So many differences between two jobs are told one by one."""
 
 
 class PartFolder:
@@ -34,7 +36,7 @@ class PartFolder:
         shared: several processes make the parts, so that this one may come when the others are done; `done` then says so.
 
     Raises:
-        DataError: `out` is taken, parts of another job lie beside it, or the folder cannot be written.
+        DataError: `out` is taken, parts of another job lie beside it (says what differs), or the folder cannot be written.
     """
 
     def __init__(self, out: str | Path, job: Mapping[str, Any], parts: int, *, shared: bool = False) -> None:
@@ -55,10 +57,7 @@ class PartFolder:
             raise DataError(f"{self.place}: already exists; remove it or choose another name")
         if before is not None:
             if before.get("fingerprint") != fingerprint:
-                raise DataError(
-                    f"{self._meeting or self.building}: holds parts of other settings or another input; finish those, or remove"
-                    " the folder"
-                )
+                raise DataError(_other_job(self._meeting or str(self.building), before, job, parts))
             return
         if self.store is not None:  # what is left here of a job that is no longer there
             shutil.rmtree(self.building, ignore_errors=True)
@@ -78,11 +77,16 @@ class PartFolder:
     def _before(self) -> dict[str, Any] | None:
         """The job that parts which are there belong to."""
         if self.store is not None:
-            text = text_at(f"{self._meeting}/{JOB}")
+            place, text = f"{self._meeting}/{JOB}", text_at(f"{self._meeting}/{JOB}")
         else:
             note = self.building / JOB
-            text = note.read_text(encoding="utf-8") if note.exists() else None
-        return None if text is None else dict(json.loads(text))
+            place, text = str(note), note.read_text(encoding="utf-8", errors="replace") if note.exists() else None
+        try:
+            return None if text is None else dict(json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                f"{place}: does not say what the parts beside it were made of ({error}); remove the folder to begin anew"
+            ) from error
 
     def _taken(self, mine: bool) -> bool:
         """Whether something else is where the table goes; a table of this job that was sent in part is not."""
@@ -210,3 +214,41 @@ class PartFolder:
 
     def _notes(self, number: int) -> Path:
         return self.building / f"part-{number:05d}.notes.jsonl"
+
+
+def _other_job(place: str, before: Mapping[str, Any], job: Mapping[str, Any], parts: int) -> str:
+    """Why parts that are there are not gone on with: what differs, and what to do."""
+    found = list(_changes(before.get("job"), json.loads(json.dumps(dict(job))), ""))
+    if before.get("parts") != parts:
+        found.append(f"there were {before.get('parts')} parts and are {parts}")
+    words = "; ".join(found[:MAX_CHANGES]) + (f"; and {len(found) - MAX_CHANGES} more" if len(found) > MAX_CHANGES else "")
+    return (
+        f"{place}: holds parts of other settings or another input ({JOB} there): "
+        f"{words or 'another version named its settings'}. Finish them as they were begun, with the mmalign that began them "
+        f"where it did not know a setting, or remove the folder to begin anew"
+    )
+
+
+def _changes(old: Any, new: Any, name: str) -> Iterator[str]:
+    """What differs between two plain values, a phrase each."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys((*old, *new)):
+            inner = f"{name}.{key}" if name else str(key)
+            if key not in old:
+                yield f"{inner} was not known and is {_brief(new[key])}"
+            elif key not in new:
+                yield f"{inner} was {_brief(old[key])} and is not known any more"
+            else:
+                yield from _changes(old[key], new[key], inner)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for number, (left, right) in enumerate(zip(old, new, strict=True)):
+            yield from _changes(left, right, f"{name}[{number}]")
+    elif isinstance(old, list) and isinstance(new, list):
+        yield f"{name} had {len(old)} entries and has {len(new)}"
+    elif old != new:
+        yield f"{name} was {_brief(old)} and is {_brief(new)}"
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
