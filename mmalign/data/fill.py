@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import PIL
-import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from mmalign.data.files import canonical_hash
 from mmalign.data.mediaindex import SIDES, MediaIndex
 from mmalign.data.reasons import Problem
 from mmalign.data.sources import latent_digests, latent_key, prepare, refuse_changed, refuse_uncacheable, text_key
-from mmalign.data.tables import PairTable
+from mmalign.data.tables import PairTable, prompts_of
 from mmalign.errors import DataError
 from mmalign.media import COLOUR_POLICY, DEFAULT, RESIZE_RULE, Crop, Limits, read_bytes
 
@@ -201,10 +200,7 @@ def in_shard(digests: np.ndarray, shard: tuple[int, int]) -> np.ndarray:
 
 def distinct_prompts(table: PairTable, rows: Sequence[int] | np.ndarray, drop_caption: float) -> list[str]:
     """The different prompts training will ask for, in the order in which the rows have them."""
-    chunks = [batch.column(0) for batch in table.storage.batches(["prompt"])]
-    column = pa.chunked_array(chunks) if chunks else pa.chunked_array([], type=pa.string())
-    used = column.take(pa.array(np.asarray(rows, dtype=np.int64)))
-    found = [str(value) for value in pc.unique(used).to_pylist()]
+    found = [str(value) for value in pc.unique(prompts_of(table, rows)).to_pylist()]
     return ["", *(prompt for prompt in found if prompt)] if drop_caption > 0 else found
 
 

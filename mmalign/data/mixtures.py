@@ -12,6 +12,7 @@ import numpy as np
 from mmalign.data.check import CheckPolicy, CheckResult, usable_rows
 from mmalign.data.files import canonical_hash
 from mmalign.data.mediaindex import MediaIndex
+from mmalign.data.order import Shuffle
 from mmalign.data.orders import MixtureOrder
 from mmalign.data.storage import Storage
 from mmalign.data.tables import PairTable, open_table
@@ -81,7 +82,7 @@ def usable_of_each(
 
 def mixture_order(
     joined: JoinedTable, rows: Sequence[np.ndarray], weights: Sequence[float], *, seed: int, global_batch: int,
-    policy: str = "repeat", shuffle: bool = True,
+    policy: str = "repeat", shuffle: Shuffle = True,
 ) -> MixtureOrder:  # fmt: skip
     """The order of a mixture's rows; give it to the loader."""
     return MixtureOrder(

@@ -9,11 +9,18 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Final, Literal
 
 import numpy as np
 
 from mmalign import rng
 from mmalign.errors import DataError
+
+Shuffle = bool | Literal["block"]
+BLOCK: Final = 1024
+"""Neighbouring rows that stay near each other in a shuffle by blocks."""
+WINDOW: Final = 16
+"""Blocks whose rows are mixed with each other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +39,16 @@ class Order:
         rows: usable row indices of the table, [n] int64, all different.
         seed: of the run.
         global_batch: rows per optimiser step, over all ranks and micro-batches.
-        shuffle: False keeps the rows' order in every epoch.
+        shuffle: False keeps the rows' order in every epoch; ``block`` permutes blocks of `BLOCK` neighbouring rows and mixes the
+            rows of every `WINDOW` blocks that follow each other: for a while only that many places of a table are read, which is
+            for storage that is slow where one jumps.
 
     Raises:
-        DataError: no rows, or fewer than one global batch.
+        DataError: no rows, fewer than one global batch, or an unknown way to shuffle.
     """
 
     def __init__(
-        self, *, table_fingerprint: str, rows: np.ndarray, seed: int, global_batch: int, shuffle: bool = True
+        self, *, table_fingerprint: str, rows: np.ndarray, seed: int, global_batch: int, shuffle: Shuffle = True
     ) -> None:
         if global_batch < 1:
             raise DataError(f"the global batch must hold at least one row, got {global_batch}")
@@ -50,7 +59,11 @@ class Order:
                 f"{len(rows)} usable rows do not fill one global batch of {global_batch}"
                 " (batch size x accumulation x processes); make the batch smaller or the table larger"
             )
+        if shuffle not in (True, False, "block"):
+            raise DataError(f"shuffle must be true, false or 'block', got {shuffle!r}")
         self.rows = np.asarray(rows, dtype=np.int64)
+        self.length = len(self.rows)
+        """Rows of an epoch."""
         self.seed = seed
         self.global_batch = global_batch
         self.shuffle = shuffle
@@ -85,9 +98,21 @@ class Order:
         if not self.shuffle:
             return self.rows
         if epoch not in self._recent:
-            # Sorting raw generator output is stable across NumPy versions; Generator.permutation promises nothing.
-            stream = rng.numpy_stream(self.seed, "data-order", epoch, self._table)
-            draws = stream.bit_generator.random_raw(len(self.rows))
             kept = {key: value for key, value in self._recent.items() if abs(key - epoch) <= 1}
-            self._recent = {**kept, epoch: self.rows[np.argsort(draws, kind="stable")]}
+            self._recent = {**kept, epoch: self.rows[self._places(epoch, len(self.rows))]}
         return self._recent[epoch]
+
+    def _places(self, epoch: int, count: int) -> np.ndarray:
+        """The order of `count` things in an epoch, [count] int64."""
+        if not self.shuffle:
+            return np.arange(count)
+        # Sorting raw generator output is stable across NumPy versions; Generator.permutation promises nothing.
+        stream = rng.numpy_stream(self.seed, "data-order", epoch, self._table)
+        draws = stream.bit_generator.random_raw(count)
+        if self.shuffle != "block":
+            return np.argsort(draws, kind="stable")
+        blocks = np.arange(count) // BLOCK
+        turns = np.argsort(stream.bit_generator.random_raw(blocks[-1] + 1), kind="stable")
+        turn = np.empty_like(turns)
+        turn[turns] = np.arange(len(turns))
+        return np.lexsort((draws, turn[blocks] // WINDOW))

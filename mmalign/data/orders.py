@@ -14,7 +14,7 @@ import numpy as np
 
 from mmalign import rng
 from mmalign.data.buckets import BucketTable
-from mmalign.data.order import Order, Slot
+from mmalign.data.order import Order, Shuffle, Slot
 from mmalign.errors import DataError
 
 POLICIES = ("stop", "repeat", "drop")
@@ -46,7 +46,7 @@ class MixtureOrder(Order):
         seed: int,
         global_batch: int,
         policy: str = "repeat",
-        shuffle: bool = True,
+        shuffle: Shuffle = True,
     ) -> None:
         if policy not in POLICIES:
             raise DataError(f"mixture policy '{policy}' is not known (known: {', '.join(POLICIES)})")
@@ -141,7 +141,7 @@ class BucketedOrder(Order):
         table: BucketTable,
         seed: int,
         global_batch: int,
-        shuffle: bool = True,
+        shuffle: Shuffle = True,
     ) -> None:
         kept, self.merged = merge_small(np.asarray(buckets, dtype=np.int64), table, global_batch)
         identity = hashlib.sha256(f"{table.as_json()}".encode() + kept.tobytes()).hexdigest()

@@ -22,7 +22,7 @@ from mmalign.data.autoworkers import Workers, available_cores, measured_workers,
 from mmalign.data.cache import Cache
 from mmalign.data.fill import require_latents, require_text
 from mmalign.data.mediaindex import MediaIndex
-from mmalign.data.order import Order, Slot
+from mmalign.data.order import Order, Shuffle, Slot
 from mmalign.data.references import reference_key, require_facts, require_references
 from mmalign.data.sources import LatentReader, PixelReader, Prepared, RowFailure, stack_pixels, text_key
 from mmalign.data.tables import PairTable
@@ -79,7 +79,7 @@ class PairLoader:
         world_size: number of processes.
         rank: number of this process.
         seed: of the run; order and augmentation depend on it.
-        shuffle: False keeps the table's order.
+        shuffle: False keeps the table's order; ``block``: see ``order``.
         resolution: (height, width) in pixels.
         flip: mirror both pictures of a pair, with probability one half.
         crop: ``center`` or ``random``.
@@ -112,7 +112,7 @@ class PairLoader:
         world_size: int = 1,
         rank: int = 0,
         seed: int = 0,
-        shuffle: bool = True,
+        shuffle: Shuffle = True,
         resolution: tuple[int, int],
         flip: bool = False,
         crop: str = "center",
@@ -204,7 +204,7 @@ class PairLoader:
 
     def epoch(self, step: int) -> float:
         """Passes over the usable rows made before a step."""
-        return step * self.global_batch / len(self.order.rows)
+        return step * self.global_batch / self.order.length
 
     def step_ids(self, step: int) -> tuple[str, ...]:
         """Row ids of a whole global batch, over all processes and micro-batches."""

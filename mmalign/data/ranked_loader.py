@@ -19,7 +19,7 @@ from mmalign.data.augment import Augmentation, Draw
 from mmalign.data.autoworkers import Workers, measured_workers, require_workers
 from mmalign.data.cache import Cache
 from mmalign.data.mediaindex import Picture
-from mmalign.data.order import Order, Slot
+from mmalign.data.order import Order, Shuffle, Slot
 from mmalign.data.pair_loader import MAX_MASKED, MaskedRow
 from mmalign.data.ranked import RankedTable
 from mmalign.data.ranked_index import ListIndex, needed_list_latents
@@ -69,7 +69,7 @@ class RankedLoader:
         world_size: int = 1,
         rank: int = 0,
         seed: int = 0,
-        shuffle: bool = True,
+        shuffle: Shuffle = True,
         latents: Cache | None = None,
         text: Cache | None = None,
         workers: Workers = 2,

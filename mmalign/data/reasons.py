@@ -55,6 +55,7 @@ DROP: Final = (
     "upscale",
     "short_video",
     "too_long",
+    "prompt_too_long",
     "other_stage",
     "disliked",
     "no_score",

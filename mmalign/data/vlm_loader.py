@@ -16,7 +16,7 @@ import numpy as np
 
 from mmalign.branches import BranchBatch, BranchRecord, EncodedExample
 from mmalign.data.autoworkers import Workers, measured_workers, require_workers
-from mmalign.data.order import Order, Slot
+from mmalign.data.order import Order, Shuffle, Slot
 from mmalign.data.pair_loader import MAX_MASKED, MaskedRow
 from mmalign.data.vlm import VlmTable
 from mmalign.data.vlm_rows import RowProblem
@@ -64,7 +64,7 @@ class VlmLoader:
 
     def __init__(
         self, table: VlmTable, rows: Sequence[int] | np.ndarray, *, encode: Encode, collate: Collate, batch_size: int,
-        accumulate: int = 1, world_size: int = 1, rank: int = 0, seed: int = 0, shuffle: bool = True, workers: Workers = 2,
+        accumulate: int = 1, world_size: int = 1, rank: int = 0, seed: int = 0, shuffle: Shuffle = True, workers: Workers = 2,
         prefetch: int = 3, max_runtime_failures: int = MAX_MASKED, mismatched: bool = False,
     ) -> None:  # fmt: skip
         if not 0 <= rank < world_size:

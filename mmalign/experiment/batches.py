@@ -22,6 +22,7 @@ from mmalign.data.autoworkers import Workers
 from mmalign.data.files import canonical_hash
 from mmalign.data.mediaindex import MediaIndex
 from mmalign.data.opened import Pairs, open_pairs
+from mmalign.data.order import Shuffle
 from mmalign.data.pair_loader import PairLoader
 from mmalign.data.transfer import on_device
 from mmalign.errors import ConfigError, DataError
@@ -162,7 +163,7 @@ class Batches:
 
 def loader(
     pairs: Pairs | str | Path, *, model: Any = None, batch_size: int, buckets: Literal["auto"] | bool | None = None,
-    seed: int = 0, device: str | torch.device = "cpu", resolution: int | None = None, shuffle: bool = True, flip: bool = False,
+    seed: int = 0, device: str | torch.device = "cpu", resolution: int | None = None, shuffle: Shuffle = True, flip: bool = False,
     drop_caption: float = 0.0, cache: str = "auto", workers: Workers = 2, prefetch: int = 3, world_size: int = 1, rank: int = 0,
 ) -> Batches:  # fmt: skip
     """Batches of pairs, cached where a model is given, resumable at any of them.
@@ -210,7 +211,7 @@ def loader(
 
 def _made(
     pairs: Pairs, family: DiffusionFamily | None, checked: Any, common: dict[str, Any], *, buckets: bool, side: int | None,
-    shuffle: bool, cache: str,
+    shuffle: Shuffle, cache: str,
 ) -> tuple[Any, list[Any], int]:  # fmt: skip
     """The loader beneath, what it left out, and the side in pixels."""
     if family is None and side is None:

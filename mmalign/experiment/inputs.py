@@ -14,6 +14,7 @@ from mmalign.data.autoworkers import fixed_workers
 from mmalign.data.remote import is_remote, mirror_folder
 from mmalign.errors import ConfigError, DataError
 from mmalign.experiment import streams
+from mmalign.experiment.long_prompts import judge_prompts
 from mmalign.experiment.settings import ExperimentConfig, LoraConfig
 from mmalign.experiment.users import People, UserStream, prepare_people, users_of
 from mmalign.models.diffusion.base import DiffusionFamily
@@ -103,6 +104,9 @@ def prepare_inputs(
     if not main:
         accelerator.wait_for_everyone()
     checked = streams.usable(config.data, table, check_policy(config), progress=main)
+    checked, cut = judge_prompts(config.data, family, table, checked)
+    if cut is not None and main:
+        accelerator.print(f"data: {cut}")
     people = prepare_people(config, table, checked, root=cache_root(config), main=main)
     rows = checked.rows if people is None else people.rows
     optim, wanted = config.optim, config.data
@@ -133,6 +137,9 @@ def prepare_inputs(
         latents, text, rows, problems = fill_pairs(config, family, table, rows, media, (side, side), progress=main)
     size = config.optim.batch_size * config.optim.accumulate * accelerator.num_processes
     order = streams.mixture(config.data, table, rows, seed=config.run.seed, global_batch=size)
+    order = order or streams.capped(config.data, table, rows, seed=config.run.seed, global_batch=size)
+    if wanted.max_per_prompt is not None and order is not None and main:
+        accelerator.print(f"data: an epoch has {order.length} of {len(rows)} rows, at most {wanted.max_per_prompt} of a prompt")
     if people is not None:
         people.rows = rows
         order = order or people.order(seed=config.run.seed, global_batch=size)

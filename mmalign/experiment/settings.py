@@ -71,7 +71,12 @@ class DataConfig(Section):
     """Side of the square crop in pixels; default: the model's own."""
     buckets: bool = False
     """Methods on pairs: train in several shapes of about the same area, one shape a step, instead of cropping squares."""
-    shuffle: bool = True
+    shuffle: bool | Literal["block"] = True
+    """'block' mixes rows of a few places of the table at a time: for storage that is slow where one jumps."""
+    max_per_prompt: int | None = None
+    """Methods on pairs: most rows of one prompt in an epoch; its others come in the epochs after. Default: all."""
+    long_prompts: Literal["cut", "drop"] = "cut"
+    """Methods on pairs: what the text encoders do not read of a prompt is cut, and said, or the row is left out."""
     cache: str = "auto"
     """'auto': latents and text are encoded once and kept in the table's folder; 'off'; or a folder for the cache."""
     check: Literal["required", "online", "off"] = "online"
@@ -267,8 +272,9 @@ def _contradictions(config: ExperimentConfig) -> list[str]:
     if (config.evaluate.rewards or config.evaluate.holdout) and config.evaluate.prompts is None:
         problems.append("evaluate.prompts: rewards are named, so prompts to score are needed")
     pairs = METHODS.get(config.method_name).batches == "pairs"
-    for name, given in (("mix", bool(config.data.mix)), ("buckets", config.data.buckets)):
-        if given and not pairs:
+    capped, data = config.data.max_per_prompt, config.data
+    for name in ("mix", "buckets", "max_per_prompt", "long_prompts"):
+        if name in data.model_fields_set and getattr(data, name) not in ((), False, None, "cut") and not pairs:
             problems.append(f"data.{name}: '{config.method_name}' does not train on pairs of pictures; remove it")
     if config.data.weights and len(config.data.weights) != len(config.data.mix) + 1:
         problems.append(f"data.weights: {len(config.data.mix) + 1} tables need as many weights, first that of data.manifest")
@@ -278,6 +284,8 @@ def _contradictions(config: ExperimentConfig) -> list[str]:
         problems.append(
             "data.decode: processes decode pairs of one table in one shape, and with caches nothing is decoded; use 'threads'"
         )
+    if capped is not None and (capped < 1 or data.mix or data.buckets or (users is not None and users.sampling != "pairs")):
+        problems.append("data.max_per_prompt: at least 1, and not with data.mix, data.buckets or shares of users")
     if config.data.buckets and (config.data.mix or config.draws or config.data.crop == "random"):
         problems.append("data.buckets: goes neither with data.mix, nor with stored draws, nor with random crops")
     # Of the shipped methods only these read a probability of one half as what it is; a method of the user's own may.

@@ -15,7 +15,7 @@ from mmalign.errors import ConfigError
 if TYPE_CHECKING:
     from mmalign.data import Cache, CheckPolicy, CheckResult, PairTable
     from mmalign.data.bucketed import BucketedLoader
-    from mmalign.data.order import Order
+    from mmalign.data.order import Order, Shuffle
     from mmalign.experiment.settings import DataConfig
 
 LARGE_SIDE = 256
@@ -93,6 +93,22 @@ def mixture(settings: DataConfig, table: PairTable, rows: np.ndarray, *, seed: i
     )
 
 
+def capped(settings: DataConfig, table: PairTable, rows: np.ndarray, *, seed: int, global_batch: int) -> Order | None:
+    """The order with `data.max_per_prompt`; None without.
+
+    Raises:
+        DataError: an epoch is smaller than a global batch.
+    """
+    if settings.max_per_prompt is None:
+        return None
+    from mmalign.data.capped import CappedOrder, prompt_numbers
+
+    return CappedOrder(
+        table_fingerprint=table.fingerprint, rows=rows, prompts=prompt_numbers(table, rows), cap=settings.max_per_prompt,
+        seed=seed, global_batch=global_batch, shuffle=settings.shuffle,
+    )  # fmt: skip
+
+
 def bucketed(
     table: PairTable,
     checked: CheckResult,
@@ -100,7 +116,7 @@ def bucketed(
     side: int,
     multiple: int,
     fill: Callable[[Any, tuple[int, int]], tuple[Cache, Cache, Any, Sequence[Any]]] | None,
-    shuffle: bool,
+    shuffle: Shuffle,
     settings: dict[str, Any],
 ) -> tuple[BucketedLoader, list[Any]]:
     """A loader with one shape a step, and what was left out for its shape or its latents.

@@ -101,6 +101,10 @@ class DiffusionFamily(ABC):
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Text-encoder outputs by name, ``[N, ...]`` each: what a text cache stores per distinct prompt."""
 
+    def tokens_cut(self, prompts: Sequence[str]) -> list[int]:
+        """How many tokens of each prompt are lost to the text encoder that reads most of it; 0 for those that are read whole."""
+        return [0] * len(prompts)
+
     @abstractmethod
     def conditioning(self, text: Mapping[str, Tensor], geometry: Geometry) -> Conditioning:
         """Conditioning for N samples from their text outputs and what was done to their pictures."""

@@ -94,6 +94,12 @@ class FlowFamily(FolderFamily):
         self._fits("joint_attention_dim", hidden.shape[-1], encoder)
         return hidden
 
+    def _prompt_lengths(self) -> dict[str, int]:
+        """T5 is what reads long prompts; where a checkpoint is used without it, CLIP is."""
+        if self._part(self.t5[0]) is None:
+            return {"tokenizer": int(self._part("tokenizer").model_max_length)}
+        return {self.t5[1]: self.config.t5_length}
+
     def _fits(self, setting: str, width: int, part: str) -> None:
         """Refuse text outputs that the denoiser cannot read."""
         wanted = self.network.config[setting]

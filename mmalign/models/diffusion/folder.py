@@ -251,6 +251,22 @@ class FolderFamily(DiffusionFamily):
         )  # fmt: skip
         return found.input_ids.to(self.device)  # type: ignore[no-any-return]
 
+    def tokens_cut(self, prompts: Sequence[str]) -> list[int]:
+        lengths = self._prompt_lengths()
+        lost = [0] * len(prompts)
+        # A token is a byte or more, so most prompts need no look; the half is for what normalising may add.
+        long = [place for place, prompt in enumerate(prompts) if len(prompt.encode()) > max(lengths.values()) // 2]
+        if long:
+            read = [(self._part(name)([prompts[place] for place in long], truncation=False, verbose=False).input_ids, length)
+                    for name, length in lengths.items()]  # fmt: skip
+            for number, place in enumerate(long):
+                lost[place] = min(max(0, len(ids[number]) - length) for ids, length in read)
+        return lost
+
+    def _prompt_lengths(self) -> dict[str, int]:
+        """Tokenizers with how many tokens their encoder reads."""
+        return {name: int(self._part(name).model_max_length) for name in self.tokenizers}
+
     def copy_network(self) -> nn.Module:
         return copy.deepcopy(self.network).eval().requires_grad_(False)  # type: ignore[no-any-return]
 
