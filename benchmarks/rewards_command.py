@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 def command(bench: Bench, encoder: float) -> None:
     """What `mmalign score` does with the folder: the same weights from a checkpoint, parts, resume and table included; the time
     after loading."""
-    if bench.left < 0:
-        print("mmalign score: left out, the time is up", flush=True)
-        return
     weights, table = bench.place / "weights", bench.place / "pictures.jsonl"
     bench.models.hf.to(bench.models.backend.dtype).save_pretrained(weights)
     for file in ("tokenizer.json", "preprocessor_config.json"):
@@ -29,7 +26,10 @@ def command(bench: Bench, encoder: float) -> None:
     rows = [{"image": file.name, "prompt": f"a red circle left of a blue square number {index}"}
             for index, file in enumerate(bench.files)]  # fmt: skip
     table.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    for processes in (0, bench.decoders.processes):
+    for processes in (bench.decoders.processes, 0):
+        if bench.left < 0:
+            print(f"mmalign score, {processes} decoding processes: left out, the time is up", flush=True)
+            break
         job = Job(input=str(table), rewards=("clipscore",), out=str(bench.place / f"scores-{processes}.parquet"),
                   paths={"clipscore": str(weights)}, device=str(bench.device), batch_size=bench.options.batch,
                   columns=Columns(prompt="prompt"), decode_workers=processes)  # fmt: skip

@@ -32,7 +32,7 @@ from rewards_command import command
 from rewards_models import Models, build
 
 from mmalign import rewards
-from mmalign.rewards.decoders import SLOTS_EACH, WHOLE_SLOT, ProcessDecoders
+from mmalign.rewards.decoders import SLOTS_EACH, WHOLE_SLOT, ProcessDecoders, best_processes
 from mmalign.rewards.engine import AHEAD
 from mmalign.rewards.loading import prepare_as
 from mmalign.rewards.preprocess import Preprocess, normalise
@@ -58,7 +58,7 @@ class Bench:
             options.model, self.device, torch.bfloat16 if self.device.type == "cuda" else torch.float32
         )
         self.files: list[Path] = []
-        self.decoders = ProcessDecoders(options.decode_workers or default_workers())
+        self.decoders = ProcessDecoders(options.decode_workers or best_processes())
         self.stage = DeviceResize(self.device)
 
     @property
@@ -126,7 +126,7 @@ def exactness(bench: Bench) -> None:
             stage.wait()
             if staged is None:
                 raise SystemExit(f"{rule.key} at {width}x{height} was not resized on the device")
-            gap = (staged[0][rule.key].cpu().float() - rule.from_image(image).float()).abs().max()
+            gap = (staged.pixels[rule.key].cpu().float() - rule.from_image(image).float()).abs().max()
             gaps[rule.id] = max(gaps.get(rule.id, 0.0), float(gap))
     pictures = [Image.fromarray(generator.integers(0, 256, (96, 128, 3), dtype=np.uint8)) for _ in range(24)]
     scorer = rewards.load("tiny-clip", device=str(bench.device), dtype="fp32")
@@ -345,7 +345,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[128, 256], help="of the encoders alone")
     parser.add_argument("--seconds", type=float, default=3.0, help="per figure of the encoders alone")
     parser.add_argument("--workers", type=int, default=None, help="threads; one per core by default")
-    parser.add_argument("--decode-workers", type=int, default=None, help="processes; one per core by default")
+    parser.add_argument("--decode-workers", type=int, default=None, help="processes; one per core but two by default")
     parser.add_argument("--ways", type=int, default=None, help="end to end only this many times, the fastest ways first")
     parser.add_argument("--loop", type=int, default=32, help="pictures of the loop")
     parser.add_argument("--no-compile", action="store_true")

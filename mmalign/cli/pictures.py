@@ -18,8 +18,8 @@ DecodeWorkers = Annotated[
     int | None,
     typer.Option(
         min=0,
-        help="Processes that decode, for each one that scores; 0: its threads do. Same scores. By default one per core if a GPU "
-        "scores more than 4,096 rows, else 0.",
+        help="Processes that decode, for each one that scores; 0: its threads do. Same scores. By default one per core but two "
+        "if a GPU scores 4,096 pictures or more, else 0.",
     ),
 ]
 Decode = Annotated[

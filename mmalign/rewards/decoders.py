@@ -12,14 +12,14 @@ from typing import Any, Final
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from mmalign.media import MediaError, image_kind
 from mmalign.media.cores import available_cores
 from mmalign.media.slots import SlotPool
 from mmalign.rewards.decoding import LARGE, Loaded, Wanted, load_picture
 from mmalign.rewards.inputs import Picture, read_picture
-from mmalign.rewards.staging import DeviceResize, interleaved
+from mmalign.rewards.preprocess import Preprocess
+from mmalign.rewards.staging import DeviceResize, Staged, always_staged, interleaved
 from mmalign.types import ImageRef
 
 CHUNK: Final = 4
@@ -68,18 +68,19 @@ class ProcessDecoders:
         """
         resized = CHUNK * sum(3 * rule.size**2 * 4 for rule in wanted.rules.values())
         pool = self.start(max(resized, RESIZED_SLOT if stage is None else WHOLE_SLOT), stage)
-        whole = stage.ready(wanted.rules) if stage is not None and len(wanted.decodings()) == 1 else ()
+        staged = stage is not None and len(wanted.decodings()) == 1
+        whole = stage.ready(wanted.rules) if stage is not None and staged else ()
         slot = pool.take()
         assert slot is not None  # only a take that can be ended gives None
         try:
-            made: list[_Made | None] = pool.run(_fill, slot, tuple(items), wanted, whole)
+            made: list[_Made | None] = pool.run(_fill, slot, tuple(items), wanted, whole, staged)
             view = pool.view(slot)
             found = [None if one is None else (one.digest, one.unpacked(view)) for one in made]
             for places in _runs(made):
                 self._stage(places, made, view, found, wanted, stage)
             if stage is not None:
                 for one in made:
-                    if one is not None and one.size is not None and one.whole is None:
+                    if one is not None and one.size is not None and one.layout:
                         stage.met(one.size, wanted.rules)
             return found
         finally:
@@ -93,18 +94,17 @@ class ProcessDecoders:
         group = [one for one in (made[place] for place in places) if one is not None]
         start, shape = group[0].offset, (len(group), *(group[0].whole or (0, 0)), 4)
         stored = view[start : start + int(np.prod(shape))].reshape(shape)
+        rules = {key: rule for key, rule in wanted.rules.items() if key in group[0].keys}
         several = None if stage is None else stage.resize(
-            stored, wanted.rules, [one.digest for one in group], locked=bool(self._locked)
+            stored, rules, [one.digest for one in group], locked=bool(self._locked)
         )
-        for row, (place, one) in enumerate(zip(places, group, strict=True)):
-            if several is None:
+        for row, place in enumerate(places):
+            known = found[place]
+            if several is None or known is None:
                 found[place] = None
                 continue
-            pixels, names = several
-            found[place] = one.digest, Loaded(
-                pixels={key: value[row] for key, value in pixels.items()},
-                pixel_digests={key: value[row] for key, value in names.items()}, flags=one.flags,
-            )  # fmt: skip
+            known[1].pixels.update({key: value[row] for key, value in several[0].items()})
+            known[1].pixel_digests.update({key: value[row] for key, value in several[1].items()})
 
     def close(self) -> None:
         """End the processes; the next picture starts them again."""
@@ -134,13 +134,18 @@ class ProcessDecoders:
             return self._pool
 
 
+def best_processes() -> int:
+    """One per core but two, which this process wants for itself: with one per core a GPU got a quarter fewer pictures."""
+    return min(MOST_PROCESSES, max(1, available_cores() - 2))
+
+
 def suitable_processes(pictures: int, device: torch.device) -> int:
-    """How many processes are worth their start of some seconds: one per core (shared with others of this launch) where a GPU
-    waits for thousands of pictures and there is shared memory for them; else 0, and threads decode."""
+    """How many processes are worth their start of some seconds: `best_processes` where a GPU waits for thousands of pictures and
+    there is shared memory for them; else 0, and threads decode."""
     memory = Path("/dev/shm")
     if device.type != "cuda" or pictures < WORTH or not memory.is_dir():
         return 0
-    found = min(available_cores(), MOST_PROCESSES, shutil.disk_usage(memory).free // (2 * SLOTS_EACH * WHOLE_SLOT))
+    found = min(best_processes(), shutil.disk_usage(memory).free // (2 * SLOTS_EACH * WHOLE_SLOT))
     return found if found >= 3 else 0
 
 
@@ -154,11 +159,12 @@ def named_file(entry: Any) -> str | None:
 
 
 def _runs(made: Sequence[_Made | None]) -> list[list[int]]:
-    """Places of whole pictures, those of one size that follow each other in one list."""
+    """Places of whole pictures, those of one size and for the same rules that lie one after the other in one list."""
     out: list[list[int]] = []
-    last: tuple[int, int] | None = None
+    last: tuple[Any, ...] | None = None
     for place, one in enumerate(made):
-        here = None if one is None else one.whole
+        # Crops of the same picture lie behind it: the next one is not its neighbour.
+        here = None if one is None or one.whole is None else (one.whole, one.keys, place if one.layout else None)
         if here is not None:
             if here != last:
                 out.append([])
@@ -177,6 +183,8 @@ class _Made:
     message: str | None = None
     whole: tuple[int, int] | None = None
     """(height, width) of the picture, which lies at `offset` as ``[H, W, 4]``."""
+    keys: frozenset[str] = frozenset()
+    """Rules that are still to be carried out on the whole picture."""
     offset: int = 0
     size: tuple[int, int] | None = None
     """(width, height) of the decoded picture that was asked about."""
@@ -200,14 +208,18 @@ def _begin() -> None:
 
 
 def _fill(
-    memory: np.ndarray, items: Sequence[Any], wanted: Wanted, whole: tuple[tuple[int, int], ...]
+    memory: np.ndarray, items: Sequence[Any], wanted: Wanted, whole: tuple[tuple[int, int], ...], staged: bool = False
 ) -> list[_Made | None]:
-    """In a process: pictures to pixels, one after the other in the memory of a slot."""
-    seen = _Whole(memory, whole)
+    """In a process: pictures to pixels, one after the other in the memory of a slot.
+
+    Args:
+        whole: sizes whose crops are cut on the device.
+        staged: whether there is a device that resizes.
+    """
+    seen = _Whole(memory, whole, staged)
     out: list[_Made | None] = []
     for item in items:
-        seen.size = None
-        seen.taken = None
+        seen.begin()
         try:
             picture = item if isinstance(item, Picture) else read_picture(item, wanted.limits)
         except MediaError as error:
@@ -218,9 +230,12 @@ def _fill(
             out.append(None)
             continue
         loaded = load_picture(picture, wanted, seen)  # type: ignore[arg-type]  # asked the same question
+        if seen.full:
+            out.append(None)
+            continue
         made = _Made(
             digest=picture.digest, flags=loaded.flags, reason=loaded.reason, message=loaded.message, whole=seen.taken,
-            offset=offset, size=seen.size, names=loaded.pixel_digests,
+            keys=seen.keys, offset=offset, size=seen.size, names=loaded.pixel_digests,
         )  # fmt: skip
         layout: list[tuple[str, int, str, tuple[int, ...]]] = []
         for key, pixels in loaded.pixels.items():
@@ -258,12 +273,19 @@ class _Seen(Exception):
 
 
 class _Whole:
-    """In a process, in the place of `DeviceResize`: lays pictures of the sizes that are resized on the device into the slot."""
+    """In a process, in the place of `DeviceResize`: lays pictures that are resized on the device into the slot."""
 
-    def __init__(self, memory: np.ndarray, sizes: tuple[tuple[int, int], ...]) -> None:
-        self.memory, self.sizes, self.used = memory, sizes, 0
+    def __init__(self, memory: np.ndarray, sizes: tuple[tuple[int, int], ...], staged: bool) -> None:
+        self.memory, self.sizes, self.staged, self.used = memory, sizes, staged, 0
+        self.begin()
+
+    def begin(self) -> None:
+        """The next picture."""
         self.size: tuple[int, int] | None = None
         self.taken: tuple[int, int] | None = None
+        self.keys: frozenset[str] = frozenset()
+        self.full = False
+        """Whether there is no room for a picture that has to be resized on the device."""
 
     def lay(self, values: np.ndarray) -> bool:
         """Put something behind what is there, if there is room."""
@@ -273,10 +295,15 @@ class _Whole:
         self.used += values.nbytes
         return True
 
-    def __call__(self, image: Image.Image, rules: Any, digest: bytes) -> tuple[dict[str, Tensor], dict[str, bytes]] | None:
+    def __call__(self, image: Image.Image, rules: Mapping[str, Preprocess], digest: bytes) -> Staged | None:
         self.size = image.size
-        stored = interleaved(image) if image.size in self.sizes else None
-        if stored is None or not self.lay(stored):
+        always = always_staged(image.size, rules) if self.staged else frozenset()
+        crops = {key for key, rule in rules.items() if not rule.is_letterbox} if image.size in self.sizes else set()
+        stored = interleaved(image) if always or crops else None
+        if stored is None:
             return None
-        self.taken = (image.height, image.width)
-        return {}, {}
+        if not self.lay(stored):
+            self.full = bool(always)
+            return None
+        self.taken, self.keys = (image.height, image.width), always | crops
+        return Staged(keys=self.keys, pixels={}, names={})

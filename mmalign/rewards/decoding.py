@@ -89,14 +89,16 @@ class Wanted:
         whole picture comes first, and is there if the picture is to be kept."""
         found: dict[object, dict[str, Preprocess]] = {None: {}} if self.keep_image or not self.rules else {}
         for key, rule in sorted(self.rules.items(), key=lambda item: item[1].draft):
-            found.setdefault((rule.id.startswith("hps"), rule.size) if rule.draft else None, {})[key] = rule
+            found.setdefault((rule.is_letterbox, rule.size) if rule.draft else None, {})[key] = rule
         return list(found.values())
 
 
 def load_picture(picture: Picture, wanted: Wanted, stage: DeviceResize | None = None) -> Loaded:
     """Decode a picture and make it ready for all rules; what is wrong with it where that cannot be."""
-    found = Loaded()
-    for rules in wanted.decodings():
+    found, decodings = Loaded(), wanted.decodings()
+    if len(decodings) > 1:
+        stage = None  # as processes do, which hand over one whole picture at most
+    for rules in decodings:
         with ROOM() as admit:
             try:
                 image = _load_one(picture, wanted, rules, stage, found, admit)
@@ -122,11 +124,12 @@ def _load_one(
     needs_stored = any(rule.needs_stored for rule in rules.values())
     decoded = picture.decode(wanted.limits, keep_stored=needs_stored, colours=wanted.colours, draft=draft, admit=admit)
     staged = stage(decoded.image, rules, picture.digest) if stage is not None and decoded.stored is None else None
-    if staged is None:
-        pixels = {key: rule.from_image(decoded.image, decoded.stored, wanted.colours) for key, rule in rules.items()}
-        staged = pixels, {key: _digest(value) for key, value in pixels.items()}
-    found.pixels.update(staged[0])
-    found.pixel_digests.update(staged[1])
+    if staged is not None:
+        found.pixels.update(staged.pixels)
+        found.pixel_digests.update(staged.names)
+    for key in [key for key in rules if staged is None or key not in staged.keys]:
+        found.pixels[key] = rules[key].from_image(decoded.image, decoded.stored, wanted.colours)
+        found.pixel_digests[key] = _digest(found.pixels[key])
     found.flags = found.flags or decoded.flags
     return decoded.image
 

@@ -60,10 +60,15 @@ class Preprocess:
         """Whether `fast` is asked for and there is such a form."""
         return self.fast and self.id in ("clip_hf", "clip_tv")
 
+    @property
+    def is_letterbox(self) -> bool:
+        """Whether the whole picture is kept, in floats; otherwise a square is cut out of it, in whole numbers."""
+        return self.id.startswith("hps")
+
     def least(self, stored: tuple[int, int]) -> tuple[int, int]:
         """Twice the (width, height) that a picture of this size is resized to: what a draft of it must not fall below."""
         width, height = stored
-        scale = 2 * self.size / (max(stored) if self.id.startswith("hps") else min(stored))
+        scale = 2 * self.size / (max(stored) if self.is_letterbox else min(stored))
         return math.ceil(width * scale), math.ceil(height * scale)
 
     @property
@@ -80,7 +85,7 @@ class Preprocess:
             stored: the same picture in its file's own colours (`Decoded.stored`); None when these are RGB.
             colours: how `stored` becomes RGB.
         """
-        if self.id.startswith("hps"):
+        if self.is_letterbox:
             pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float().div_(255)
             return self._letterbox(pixels[None])[0].contiguous()
         resized, (left, top) = self._crop(image.size)
@@ -97,7 +102,7 @@ class Preprocess:
         """Whether `from_planes` gives what `from_image` gives for pictures of this size, (width, height)."""
         if self.is_fast:
             return False
-        if self.id.startswith("hps"):
+        if self.is_letterbox:
             return max(stored) <= MOST_SHRINKING * self.size
         resized, offset = self._crop(stored)
         if resized[0] * resized[1] > MOST_PIXELS:
@@ -106,7 +111,7 @@ class Preprocess:
 
     def geometry(self, stored: tuple[int, int]) -> bytes:
         """Equal for two rules that make equal pixels of every RGB picture of this size."""
-        if self.id.startswith("hps") or self.fast or self.draft:
+        if self.is_letterbox or self.fast or self.draft:
             return self.key.encode()
         return f"{self._crop(stored)}{self.size}".encode()
 
@@ -115,7 +120,7 @@ class Preprocess:
         letterboxes to the rounding of float32. Only for sizes that `fits_device` knows."""
         if planes.ndim == 3:
             return self.from_planes(planes[None])[0]
-        if self.id.startswith("hps"):
+        if self.is_letterbox:
             return self._letterbox(planes.float().div_(255)).contiguous()
         stored = (planes.shape[3], planes.shape[2])
         resized, offset = self._crop(stored)
@@ -130,7 +135,7 @@ class Preprocess:
 
     def from_tensor(self, pixels: Tensor) -> Tensor:
         """Float ``[N, 3, H, W]`` in [0, 1] -> ``[N, 3, size, size]``, differentiable; the identity where sizes fit."""
-        if self.id.startswith("hps"):
+        if self.is_letterbox:
             return self._letterbox(pixels)
         height, width = pixels.shape[-2:]
         (new_width, new_height), (left, top) = self._crop((width, height))

@@ -10,6 +10,7 @@ import hashlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,6 +27,17 @@ _PORTABLE = 1
 
 MOST_SIZES = 32
 """Of which decoding processes are told."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Staged:
+    """What came of one picture."""
+
+    keys: frozenset[str]
+    """Rules that need no more work of the processor."""
+    pixels: Mapping[str, Tensor]
+    names: Mapping[str, bytes]
+    """Equal for equal pixels."""
 
 
 class DeviceResize:
@@ -60,21 +72,23 @@ class DeviceResize:
 
     def __call__(
         self, image: Image.Image, rules: Mapping[str, Preprocess], digest: bytes
-    ) -> tuple[dict[str, Tensor], dict[str, bytes]] | None:
-        """Pixels by rule on the device, and names that are equal for equal pixels; None where the ordinary way is to be gone.
+    ) -> Staged | None:
+        """Pixels on the device, of some rules or all; None where the ordinary way is to be gone.
 
         Args:
             image: RGB.
             rules: by key.
             digest: of the picture.
         """
-        if not self._worth_it(image.size) or not all(rule.fits_device(image.size) for rule in rules.values()):
-            return None
-        stored = interleaved(image)
-        several = None if stored is None else self.resize(stored[None], rules, [digest])
+        crops = {key: rule for key, rule in rules.items() if not rule.is_letterbox}
+        fits = bool(crops) and self._worth_it(image.size) and all(rule.fits_device(image.size) for rule in crops.values())
+        chosen = always_staged(image.size, rules) | (crops.keys() if fits else frozenset())
+        stored = interleaved(image) if chosen else None
+        several = None if stored is None else self.resize(stored[None], {key: rules[key] for key in chosen}, [digest])
         if several is None:
             return None
-        return {key: value[0] for key, value in several[0].items()}, {key: value[0] for key, value in several[1].items()}
+        pixels, names = several
+        return Staged(keys=chosen, pixels={key: pixels[key][0] for key in chosen}, names={key: names[key][0] for key in chosen})
 
     def resize(
         self, stored: np.ndarray, rules: Mapping[str, Preprocess], digests: Sequence[bytes], *, locked: bool = False
@@ -107,8 +121,9 @@ class DeviceResize:
             return None
 
     def met(self, size: tuple[int, int], rules: Mapping[str, Preprocess]) -> None:
-        """A picture of this (width, height) was decoded elsewhere and went the ordinary way."""
-        if self._worth_it(size) and all(rule.fits_device(size) for rule in rules.values()):
+        """A picture of this (width, height) was decoded elsewhere, and its crops were cut there."""
+        crops = [rule for rule in rules.values() if not rule.is_letterbox]
+        if crops and self._worth_it(size) and all(rule.fits_device(size) for rule in crops):
             with self._lock:
                 sizes = self._ready.setdefault(tuple(rules), {})
                 sizes[size] = None
@@ -116,7 +131,7 @@ class DeviceResize:
                     del sizes[next(iter(sizes))]
 
     def ready(self, rules: Mapping[str, Preprocess]) -> tuple[tuple[int, int], ...]:
-        """Sizes of which pictures may come whole."""
+        """Sizes of which pictures may come whole to be cropped here."""
         with self._lock:
             return tuple(self._ready.get(tuple(rules), ()))
 
@@ -136,6 +151,12 @@ class DeviceResize:
         with self._lock:
             self._seen[size] += 1
             return self._seen[size] > BEFORE
+
+
+def always_staged(size: tuple[int, int], rules: Mapping[str, Preprocess]) -> frozenset[str]:
+    """Keys of the rules whose pixels are made on the device from the first picture of a (width, height) on: the processor rounds
+    letterboxes otherwise, and a score must not depend on what was scored before. Crops are equal bit for bit."""
+    return frozenset(key for key, rule in rules.items() if rule.is_letterbox and rule.fits_device(size))
 
 
 def interleaved(image: Image.Image) -> np.ndarray | None:

@@ -71,6 +71,16 @@ def test_what_cannot_be_staged_goes_the_ordinary_way() -> None:
     assert [stage(small, {"x": rule}, b"x") is None for _ in range(BEFORE + 2)] == [True] * BEFORE + [False] * 2
 
 
+def test_a_letterbox_is_made_on_the_device_from_the_first_picture_on() -> None:
+    """There it is rounded otherwise, so which it is must not depend on what was met before; with crops beside it, too."""
+    crop, box = Preprocess("clip_hf", 32), Preprocess("hps_letterbox", 32)
+    stage, picture = DeviceResize(CPU), Image.new("RGB", (64, 48), "red")
+    keys = [found.keys for _ in range(BEFORE + 1) if (found := stage(picture, {"crop": crop, "box": box}, b"x")) is not None]
+    assert keys == [{"box"}] * BEFORE + [{"crop", "box"}]
+    long = Image.new("RGB", (300, 20))
+    assert [stage(long, {"box": box}, b"x") for _ in range(BEFORE + 1)] == [None] * (BEFORE + 1)
+
+
 def test_scores_are_the_same(
     clip_folder: Path, tmp_path: Path, pictures: list[Image.Image], prompts: list[str]
 ) -> None:
