@@ -177,6 +177,20 @@ def encoders(bench: Bench) -> float:
     return best
 
 
+def plain_kernels(bench: Bench) -> None:
+    """The image encoder without the kernels of `mmalign.rewards.kernels`, which run in inference mode alone."""
+    backend, batch, size = bench.models.backend, bench.options.batches[-1], bench.models.backend.preprocess.size
+    pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=bench.device)
+
+    def images() -> None:
+        with torch.no_grad():
+            backend.encode_images(normalise(pixels, backend.mean, backend.std))
+
+    found = bench.rate(images, batch, bench.options.seconds)
+    text = f"{found[0]:.0f} pictures/s ({found[1]:.0f} to {found[2]:.0f})"
+    bench.say("image encoder on torch's own kernels", text, pictures=found)
+
+
 def compiled(bench: Bench) -> None:
     """The image encoder with compiled blocks."""
     if bench.options.no_compile or bench.left < bench.options.compile_seconds:
@@ -363,6 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         facts(bench)
         exactness(bench)
         encoder = encoders(bench)
+        plain_kernels(bench)
         make_pictures(bench)
         reading(bench)
         best = end_to_end(bench, encoder)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from mmalign.rewards import Backend, ScorerSet
 
 
-LANES = 3
-"""Parts in the making on a GPU."""
+ROWS_UNDER_WAY = 1024
+"""Of the parts that are in the making on a GPU."""
 
 
 def part_rows(count: int) -> int:
@@ -120,7 +120,7 @@ class Worker:
 
         self.identities()  # loads, once
         fast = all(isinstance(one, EncodingBackend) and one.device.type == "cuda" for one in self.scorers().backends)
-        return LANES if fast and not self.job.compile else 1
+        return min(8, max(2, ROWS_UNDER_WAY // part_rows(self.count))) if fast and not self.job.compile else 1
 
     def _claimed(self, part: tuple[int, int], wait: bool) -> int:
         start, stop = part

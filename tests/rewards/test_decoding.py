@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,11 @@ from typer.testing import CliRunner
 
 from mmalign import rewards
 from mmalign.cli.application import app
+from mmalign.cli.pictures import decoding_processes
 from mmalign.errors import RewardError
 from mmalign.media import PLAIN, Colours, MediaError, decode_image
 from mmalign.rewards import decoding
-from mmalign.rewards.decoders import CHUNK, ProcessDecoders
+from mmalign.rewards.decoders import CHUNK, ProcessDecoders, suitable_processes
 from mmalign.rewards.decoding import Room, Wanted, load_picture
 from mmalign.rewards.errors import InputError
 from mmalign.rewards.inputs import read_picture
@@ -310,3 +312,19 @@ def test_the_command(tmp_path: Path) -> None:
         app, ["score", str(folder), "--reward", "brightness", "--processes", "2", "--decode-workers", "1"]
     )
     assert refused.exit_code == 2 and "accelerate launch" in refused.stderr.replace("\n", " ")
+
+
+def test_processes_are_chosen_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU with thousands of pictures, two cores short of all, and no more than shared memory holds."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    free = 10 << 30
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [suitable_processes(5000, cuda), suitable_processes(100, cuda), suitable_processes(5000, cpu)] == [14, 0, 0]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert suitable_processes(5000, cuda) == 6
+    free = 64 << 20  # what a container has without being asked
+    assert suitable_processes(5000, cuda) == 0
+    assert decoding_processes(1, None, "local") is None and decoding_processes(1, 3, "local") == 3
+    assert decoding_processes(2, None, "local") == decoding_processes(1, None, "ray") == 0

@@ -203,6 +203,36 @@ def test_two_processes_write_the_same_table(folder: Path, tmp_path: Path) -> Non
     assert same(pq.read_table(one), pq.read_table(two))
 
 
+def test_parts_made_at_the_same_time_write_the_same_table(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU; a Parquet input, whose reader holds one group of rows at a time, and an error in one of the parts."""
+    monkeypatch.setattr(job_module, "part_rows", lambda count: 2)
+    pictures = [(folder / f"{index:02d}.png").read_bytes() for index in range(12)]
+    table = pa.table({"image": [{"bytes": data, "path": None} for data in pictures], "prompt": list("abcdefghijkl")})
+    pq.write_table(table, tmp_path / "in.parquet", row_group_size=3)
+
+    def run(lanes: int) -> pa.Table:
+        monkeypatch.setattr(job_module.Worker, "lanes", lambda self: lanes)
+        out = tmp_path / f"{lanes}.parquet"
+        report = score(Job(input=str(tmp_path / "in.parquet"), rewards=("tiny-clip", "brightness"), out=str(out), device="cpu"))
+        assert report is not None and (report.rows, report.failed) == (12, 0)
+        return pq.read_table(out)
+
+    assert same(run(1), run(3))
+    plain = job_module.Worker._score
+
+    def fails(self: Any, names: Any, start: int, stop: int) -> None:
+        if start == 4:
+            raise DataError("rows 4 to 5")
+        plain(self, names, start, stop)
+
+    shutil.rmtree(tmp_path / "3.parquet.parts")
+    monkeypatch.setattr(job_module.Worker, "_score", fails)
+    with pytest.raises(DataError, match="rows 4 to 5"):
+        run(3)
+
+
 def test_ranks_of_a_launcher_share_the_parts(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = Job(input=str(folder), rewards=("brightness",), out=str(tmp_path / "s.parquet"))
     monkeypatch.setattr(job_module, "part_rows", lambda count: 4)
