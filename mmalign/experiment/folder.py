@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -79,13 +80,15 @@ def environment(device: str, processes: int) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             return "not installed"
 
+    commit = git("rev-parse", "HEAD")
+    start = "mmalign" if Path(sys.argv[0]).parent.name == "mmalign" else sys.argv[0]  # of `python -m mmalign` the file is told
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join([start, *sys.argv[1:]]),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "libraries": {name: version(name) for name in LIBRARIES},
         "device": device,
         "processes": processes,
         "cpu_count": os.cpu_count(),
-        "git": {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))},
+        "git": {"commit": commit, "dirty": bool(git("status", "--porcelain"))} if commit else None,
     }

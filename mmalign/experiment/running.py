@@ -18,6 +18,7 @@ from mmalign.experiment.assembly import Assembled, assemble
 from mmalign.experiment.folder import environment, prepare_folder, write_json, write_text
 from mmalign.experiment.freezing import verify_held, write_mask
 from mmalign.experiment.inputs import Inputs, prepare_inputs
+from mmalign.experiment.resuming import require_same_experiment
 from mmalign.experiment.rowcounts import RowCounts
 from mmalign.experiment.samples import samples_of
 from mmalign.experiment.settings import Experiment, ExperimentConfig, load_experiment
@@ -74,10 +75,11 @@ def train_experiment(
     accelerator = _accelerator(config)
     main = accelerator.is_main_process
     begin = time.monotonic()
-    checkpoint = _on_main_first(accelerator, lambda: prepare_folder(config.folder, resume=resume))
-    if main:
-        write_text(config.folder / "config.yaml", dump_yaml(config))
-        write_json(config.folder / "environment.json", environment(str(accelerator.device), accelerator.num_processes))
+    checkpoint, notes = _on_main_first(accelerator, lambda: _opened(config, resume))
+    for note in notes:
+        accelerator.print(f"note: {note}")
+    if main and checkpoint is None:
+        _write_head(config, accelerator)
     set_seed(config.run.seed)
     parts = assemble(config, accelerator.device, accelerator.process_index)
     inputs = _inputs(config, parts, accelerator)
@@ -91,6 +93,8 @@ def train_experiment(
         loop.restore(checkpoint)
         counts.restore(checkpoint)
         verify_held(parts.policy, f"after loading {checkpoint}")
+        if main:  # not before everything that can refuse the resume: the folder must not name settings it was not made with
+            _write_head(config, accelerator)
         accelerator.print(f"continuing from {checkpoint} at step {loop.step}")
     elif resume and main:
         loop.metrics.cut_after(0)  # stopped before its first checkpoint: what it logged will be logged again
@@ -114,6 +118,18 @@ def train_experiment(
     return RunResult(
         folder=config.folder, metrics=dict(result.metrics), summary=summary, interrupted=result.interrupted
     )
+
+
+def _opened(config: ExperimentConfig, resume: bool) -> tuple[Path | None, list[str]]:
+    """The checkpoint to continue from, if any, and what to tell about settings that changed since."""
+    checkpoint = prepare_folder(config.folder, resume=resume)
+    return checkpoint, [] if checkpoint is None else require_same_experiment(checkpoint, config)
+
+
+def _write_head(config: ExperimentConfig, accelerator: Any) -> None:
+    """What a run folder says of its own making."""
+    write_text(config.folder / "config.yaml", dump_yaml(config))
+    write_json(config.folder / "environment.json", environment(str(accelerator.device), accelerator.num_processes))
 
 
 def _inputs(config: ExperimentConfig, parts: Assembled, accelerator: Any) -> Inputs:
@@ -167,21 +183,22 @@ def _on_main_first(accelerator: Any, function: Any) -> Any:
 
 
 def _same_table(loop: Loop, checkpoint: Path, inputs: Inputs) -> None:
-    """A resume on other data would not be a resume."""
+    """A resume on other data would not be a resume. Settings were compared before; here it is the table or the rows of a step."""
     from mmalign.engine.checkpoint import read_checkpoint
 
     before = read_checkpoint(checkpoint, "experiment")
-    if before["table"] != inputs.table_fingerprint:
-        raise ConfigError(
-            f"data.manifest: the table has changed since {checkpoint} was saved (fingerprint {before['table'][:12]} then, "
-            f"{inputs.table_fingerprint[:12]} now); restore it, or start a new run with another run.name"
-        )
     old, new = before["config"]["optim"], loop.optim.model_dump(mode="json")
     per_step = [values["batch_size"] * values["accumulate"] for values in (old, new)]
     if per_step[0] != per_step[1] and loop.accelerator.num_processes == 1:
         raise ConfigError(
             f"optim.batch_size: a step had {per_step[0]} rows per process when {checkpoint} was saved and has {per_step[1]} "
             f"now; keep batch_size x accumulate x processes the same"
+        )
+    if before["table"] != inputs.table_fingerprint:
+        raise ConfigError(
+            f"data.manifest: the table, its usable rows or the rows of a step (batch_size x accumulate x processes) changed "
+            f"since {checkpoint} was saved (fingerprint {before['table'][:12]} then, {inputs.table_fingerprint[:12]} now); "
+            f"restore them, or start a new run with another run.name"
         )
 
 

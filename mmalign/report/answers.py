@@ -19,8 +19,14 @@ from mmalign.report.folder import RunData, read_lines
 from mmalign.report.pictures import embed
 from mmalign.report.results import tone
 from mmalign.report.section import Section
-from mmalign.trainers import METHODS
+from mmalign.statistics import Interval
 
+RATES = {
+    "chair_s": ("Answers that name what is not there", "CHAIR-s; lower is better"),
+    "chair_i": ("Named things that are not there", "CHAIR-i; lower is better"),
+    "accuracy": ("Questions answered right", "higher is better"),
+}
+"""Shares in a run's `hallucination` -> what they are, and how to read them."""
 SHOWN = 10
 """Questions shown unpicked."""
 EXTREMES = 3
@@ -67,13 +73,6 @@ def answers(run: RunData) -> Section:
     }  # fmt: skip
     missing = "" if rows else "No answers are in this run folder: evaluate.prompts named no questions."
     return Section(id="answers", title="Answers", short="Answers", template="answers.html.j2", values=values, missing=missing)
-
-
-def has_answers(run: RunData) -> bool:
-    """Whether the run trained a model that answers: then pictures from noise have no part in its page."""
-    method = run.config.get("method")
-    name = str(method.get("name", "")) if isinstance(method, Mapping) else ""
-    return name in METHODS.names() and METHODS.get(name).batches.startswith("vlm_")
 
 
 def _rows(run: RunData, problems: list[str]) -> tuple[list[dict[str, Any]], str]:
@@ -152,15 +151,19 @@ def _rates(summary: Mapping[str, Any]) -> dict[str, Any]:
     rows = []
     for model, rates in found.items():
         cells = [
-            {"mean": words.number(rates[name]["mean"]) if name in rates else "",
-             "range": _range(rates[name]) if name in rates else ""} for name in names
+            {"mean": words.percent(rates[name]["mean"]) if name in rates else "",
+             "range": words.percent_range(_interval(rates[name])) if name in rates else ""} for name in names
         ]  # fmt: skip
         rows.append({"model": model, "tone": tone(model), "cells": cells})
-    return {"names": [name.replace("_", " ") for name in names], "rows": rows}
+    return {"names": [RATES.get(name, (name.replace("_", " "), "")) for name in names], "rows": rows}
+
+
+def _interval(value: Mapping[str, float]) -> Interval:
+    return Interval(mean=value["mean"], low=value["low"], high=value["high"], prompts=1)
 
 
 def _range(value: Mapping[str, float]) -> str:
     return f"{words.number(value['low'])} to {words.number(value['high'])}"
 
 
-__all__: Sequence[str] = ["answers", "has_answers", "pictures_of", "score_of"]
+__all__: Sequence[str] = ["answers", "pictures_of", "score_of"]

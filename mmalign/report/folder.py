@@ -18,6 +18,7 @@ from mmalign.errors import DataError
 from mmalign.report import files, samples
 from mmalign.report.figures import EvaluationFigures
 from mmalign.report.warnings import Finding, Metrics, collect
+from mmalign.trainers import METHODS
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 TEXTS = (".txt", ".md")
@@ -62,6 +63,13 @@ class RunData:
     findings: tuple[Finding, ...]
     problems: tuple[str, ...]
     """Files that are there but could not be read, in words."""
+
+    @property
+    def answers(self) -> bool:
+        """Whether the run trained a model that answers: then pictures from noise have no part in its page."""
+        method = self.config.get("method")
+        name = str(method.get("name", "")) if isinstance(method, Mapping) else ""
+        return name in METHODS.names() and METHODS.get(name).batches.startswith("vlm_")
 
 
 def read_run(folder: Path) -> RunData:

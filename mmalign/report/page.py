@@ -49,9 +49,8 @@ def build_report(run: Path | str) -> Path:
 
 def render(run: RunData) -> str:
     """The page as text. Everything that comes from the run is escaped."""
-    return render_page(
-        results.hero(run), [section for build in SECTIONS for section in [build(run)] if _worth_showing(run, section)]
-    )
+    sections = [section for build in SECTIONS for section in [build(run)] if _worth_showing(run, section)]
+    return render_page(results.hero(run, people.headline(run)), sections)
 
 
 def render_page(hero: Section, sections: Sequence[Section]) -> str:
@@ -75,8 +74,10 @@ def _worth_showing(run: RunData, section: Section) -> bool:
     to runs that answer. Every other section says what is missing."""
     if section.id == "people":
         return people.is_personal(run) or not section.missing
+    if section.id in ("pictures", "rewards") and section.missing and people.headline(run):
+        return False  # compared person by person
     if section.id in ("answers", "pictures", "timeline") and section.missing:
-        return section.id == "answers" if answers.has_answers(run) else section.id != "answers"
+        return section.id == "answers" if run.answers else section.id != "answers"
     if section.id == "reports":
         return not section.missing
     return section.id != "notes" or bool(section.values["findings"] or section.values["problems"])

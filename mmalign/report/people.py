@@ -39,7 +39,18 @@ def people(run: RunData) -> Section:
     )
 
 
-def _rows(path: Path, problems: list[str]) -> list[dict[str, str]]:
+def headline(run: RunData) -> str:
+    """The result of a personalised run in one sentence; '' where nobody's pictures were compared."""
+    rows = _rows(run.folder / "personal" / "people.json", [])
+    told = []
+    for kind, name in (("trained", "trained on"), ("never seen", "never seen")):
+        means = [row["mean"] for row in rows if row["kind"] == kind]
+        if means:
+            told.append(f"{words.percent(sum(means) / len(means))} for {words.count(len(means), 'person', 'people')} {name}")
+    return f"Own pictures win against the base by own taste: {', '.join(told)}." if told else ""
+
+
+def _rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
@@ -48,8 +59,8 @@ def _rows(path: Path, problems: list[str]) -> list[dict[str, str]]:
             rate = Interval.from_dict(row["win_rate"])
             rows.append({
                 "person": str(row["person"]), "likes": str(row["likes"]), "kind": "trained" if row["trained"] else "never seen",
-                "wins": words.percent(rate.mean), "range": words.percent_range(rate),
-                "verdict": "good" if rate.low > 0.5 else "bad" if rate.high < 0.5 else "",
+                "mean": rate.mean, "wins": words.percent(rate.mean), "range": words.percent_range(rate),
+                "verdict": "better" if rate.low > 0.5 else "worse" if rate.high < 0.5 else "",
             })  # fmt: skip
         return rows
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -42,7 +42,7 @@ def settings(run: RunData) -> Section:
         "" if run.config_text is not None else "config.yaml is not in this run folder, so the settings are not known."
     )
     names = [name for name in FIRST if name in run.config] + [name for name in run.config if name not in FIRST]
-    tables = [{"name": name, "rows": list(_flat(run.config[name]))} for name in names]
+    tables = [{"name": name, "rows": list(_flat(run.config[name]))} for name in names if run.config[name] is not None]
     values = {"tables": tables, "text": run.config_text}
     return Section(
         id="settings", title="Settings", short="Settings", template="settings.html.j2", values=values, missing=missing

@@ -40,13 +40,15 @@ def tone(model: str) -> str:
     return TONES.get(model, "t3")
 
 
-def hero(run: RunData) -> Section:
-    """The claim in one sentence, who judged, and the run in key figures."""
+def hero(run: RunData, personal: str = "") -> Section:
+    """The claim in one sentence, who judged, and the run in key figures. `personal`: the claim of a run compared by person."""
     figures = run.evaluation
     reward = figures.headline() if figures is not None else None
     rate = reward.against_base[ALIGNED].win_rate if reward is not None else None
+    personal = personal if reward is None else ""
     values = {
-        "headline": words.headline(figures),
+        "headline": personal or words.headline(figures),
+        "personal": bool(personal),
         "verdict": words.verdict(rate) if rate is not None else "none",
         "judge": _judge(reward),
         "others": _others(figures, reward),
@@ -72,7 +74,7 @@ def rewards(run: RunData) -> Section:
     values: Mapping[str, Any] = {}
     if figures is not None:
         values = {"figures": figures, "cards": [_card(reward, figures) for reward in figures.rewards]}
-        values = {**values, "groups": _groups(figures), "how": _how(figures)}
+        values = {**values, "groups": _groups(figures), "how": _how(figures, answers=run.answers)}
     return Section(
         id="rewards",
         title="What the judges say",
@@ -196,7 +198,9 @@ def _groups(figures: EvaluationFigures) -> Sequence[Mapping[str, Any]]:
     return rows
 
 
-def _how(figures: EvaluationFigures) -> str:
+def _how(figures: EvaluationFigures, *, answers: bool = False) -> str:
+    if answers:
+        return f"{words.count(figures.prompts, 'question')}, one answer each, the same question and media for every model"
     parts = [
         words.count(figures.prompts, "distinct prompt"),
         f"{words.count(figures.images_per_prompt, 'picture')} each",

@@ -68,6 +68,24 @@ PANELS = (
     ),
 )
 NOT_DRAWN = {"step", "epoch", "seconds"}
+ABOUT = {
+    "policy_chosen": "score of the chosen side by the policy; higher is better",
+    "policy_rejected": "score of the rejected side by the policy; higher is better",
+    "evaluations": "network evaluations a row; one with its gradient counts 3",
+    "network_calls": "calls of the network a step, those of the inversion included",
+    "reference_point": "what a liked or disliked row is held against",
+    "user_accuracy": "pairs that the policy orders as their user did, each user counted once",
+    "users_in_batch": "different people a step",
+    "chosen_length": "tokens of the chosen answers, mean", "rejected_length": "tokens of the rejected answers, mean",
+    "answer_length": "tokens of the answers, mean", "liked": "share of rows that are liked",
+    "chosen_nll": "loss of the chosen answers a token",
+    "chosen_drift_per_token": "policy minus reference, a token of the chosen side",
+    "reward_chosen": "implicit reward of the chosen side", "reward_rejected": "implicit reward of the rejected side",
+    "reward_margin": "implicit reward, chosen minus rejected", "stage": "which stage of the curriculum, from 0",
+    "mask_softness": "mean of m (1 - m) over the mask; 0 is a decided mask, 0.25 none",
+    "mask_zero": "share of token weights at zero",
+}  # fmt: skip
+"""What further columns mean, where they have no chart of their own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +110,7 @@ def curves(run: RunData) -> Section:
         missing = "metrics.jsonl holds no logged step, so there are no curves."
     known = {column for panel in PANELS for column, _, _ in panel.columns}
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in known | NOT_DRAWN]
-    more = [Panel(title=name.replace("_", " "), about="", columns=((name, name, "t1"),)) for name in names]
+    more = [Panel(title=name.replace("_", " "), about=ABOUT.get(name, ""), columns=((name, name, "t1"),)) for name in names]
     values = {
         "charts": [chart for panel in PANELS for chart in [draw(panel, rows)] if chart is not None],
         "more": [chart for panel in more for chart in [draw(panel, rows)] if chart is not None],

@@ -24,9 +24,13 @@ def percent(share: float) -> str:
 
 
 def percent_range(interval: Interval) -> str:
-    """``64–78 %``."""
+    """``64–78 %``; where one end needs a decimal both have one, unless it is 0 or 100."""
     if not interval.known:
         return "unknown"
+    ends = interval.low, interval.high
+    if any("." in percent(end) for end in ends):
+        low, high = (f"{100 * end:.1f}" if 0 < end < 1 else f"{100 * end:.0f}" for end in ends)
+        return f"{low}{DASH}{high}{NBSP}%"
     return f"{percent(interval.low).removesuffix(NBSP + '%')}{DASH}{percent(interval.high)}"
 
 

@@ -121,8 +121,19 @@ def test_a_resume_on_changed_data(own_pairs: Path, tmp_path: Path, train: Callab
     lines = own_pairs.read_text().splitlines()
     own_pairs.write_text("\n".join(lines[:-1]) + "\n")
     refused(
-        "train", CONFIG, *settings(own_pairs, out, optim__steps=4), "--resume", says=("data.manifest", "has changed"),
+        "train", CONFIG, *settings(own_pairs, out, optim__steps=4), "--resume", says=("data.manifest", "changed since"),
     )  # fmt: skip
+
+
+def test_a_resume_with_other_settings(own_pairs: Path, tmp_path: Path, train: Callable[..., Path]) -> None:
+    out = train(tmp_path / "run", pairs=own_pairs, optim__steps=2)
+    before = (out / "config.yaml").read_text()
+    again = ["train", CONFIG, *settings(own_pairs, out, optim__steps=4), "--resume"]
+    refused(*again, "method.beta=7", "run.seed=8", says=("method.beta: ", "and 7.0 now", "run.seed: ", "another run.name"))
+    refused(*again, "method.name=diffusion_kto", says=("method.name: 'diffusion_dpo' when", "'diffusion_kto' now"))
+    refused(*again, "optim.batch_size=3", says=("optim.batch_size: a step had", "batch_size x accumulate x processes"))
+    refused(*again, "optim.steps=1", says=("optim.steps: the run is at step 2 already",))
+    assert (out / "config.yaml").read_text() == before
 
 
 def test_wrong_combinations(own_pairs: Path, tmp_path: Path) -> None:

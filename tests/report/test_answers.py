@@ -59,7 +59,7 @@ def test_the_section_shows_questions_evenly_and_says_what_is_missing(run: Path) 
     assert [said.model for said in first.said] == ["base", "aligned"]
     assert len(first.pictures) == 1
     assert any("q13-0.png cannot be shown" in problem or "q12" in problem for problem in section.values["problems"])
-    assert section.values["rates"]["names"] == ["chair i"]
+    assert section.values["rates"]["names"] == [("Named things that are not there", "CHAIR-i; lower is better")]
     assert section.values["lengths"][1]["longer"] == "+4.00"
 
 

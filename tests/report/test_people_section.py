@@ -37,6 +37,9 @@ def test_people_are_shown_with_their_rates_and_sheets(tmp_path: Path) -> None:
     text = page(folder)
     assert "&lt;b&gt;eve" in text and "<b>eve" not in text and "never seen" in text and "90\u00a0%" in text
     assert "0123456789ab 1; scale 1, guidance 1.5, seed 3" in text and text.count("Base and personal pictures") == 1
+    # What was compared person by person is the claim; nothing asks for a comparison that this run does not need.
+    assert "Own pictures win against the base by own taste: 90\u00a0% for 1 person never seen." in text
+    assert "no evaluation against the base" not in text and "holds no evaluation" not in text
     (one / "personal.json").write_text("{")
     assert "personal.json cannot be read" in page(folder)
 
