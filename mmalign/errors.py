@@ -22,7 +22,8 @@ class ConfigError(MmalignError):
         self.source = source
         count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
         head = f"{source}: {count}" if source else count
-        super().__init__("\n".join([head, *(f"  {problem}" for problem in self.problems)]))
+        alone = source is None and len(self.problems) == 1
+        super().__init__(self.problems[0] if alone else "\n".join([head, *(f"  {problem}" for problem in self.problems)]))
 
 
 class DataError(MmalignError):

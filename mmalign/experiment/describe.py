@@ -71,7 +71,7 @@ def _files(config: ExperimentConfig) -> list[str]:
                 if users_of(config) is not None:
                     names_of(table)
         except DataError as error:
-            problems.append(f"data.manifest: {error}")
+            problems += [f"data.manifest: {line}" for line in str(error).splitlines()]
         except ConfigError as error:
             problems += error.problems
     if config.evaluate.prompts is not None:

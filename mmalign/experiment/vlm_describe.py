@@ -29,7 +29,7 @@ def answer_files(config: ExperimentConfig) -> list[str]:
         except ConfigError as error:
             problems += error.problems
         except DataError as error:
-            problems.append(f"data.manifest: {error}")
+            problems += [f"data.manifest: {line}" for line in str(error).splitlines()]
     try:
         read_questions(config, 1)
     except ConfigError as error:

@@ -20,6 +20,8 @@ from mmalign.report.figures import EvaluationFigures
 from mmalign.report.warnings import Finding, Metrics, collect
 from mmalign.trainers import METHODS
 
+MARKS = ("config.yaml", "metrics.jsonl", "summary.json", "environment.json")
+"""Files of which a run leaves at least one, however early it ends."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 TEXTS = (".txt", ".md")
 
@@ -76,10 +78,12 @@ def read_run(folder: Path) -> RunData:
     """Read a run folder.
 
     Raises:
-        DataError: it is not a folder.
+        DataError: it is not a folder, or one that no run has written to.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a run folder: no such folder")
+    if not any((folder / name).exists() for name in MARKS):
+        raise DataError(f"{folder} is not a run folder: it has none of {', '.join(MARKS)}")
     problems: list[str] = []
     config_text = _text(folder / "config.yaml", problems)
     summary = _object(folder / "summary.json", problems) or {}
