@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,16 @@ def test_python_on_pages_compiles_and_imports_what_exists(block: str) -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mmalign"):
             module = importlib.import_module(str(node.module))
             assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+
+
+def test_the_python_of_the_readme_runs_as_it_stands() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        if "mmalign.run(" not in block:  # that one trains, on pairs which the demo makes
+            exec(compile(block, "README.md", "exec"), names)
+    assert names["scores"].shape == (2,) and names["scores"].dtype == torch.float32
+    assert names["losses"].tolist() == pytest.approx([math.log(2)] * 4)
 
 
 @pytest.fixture

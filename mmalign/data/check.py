@@ -106,6 +106,14 @@ class CheckResult:
         """Every row that is not used, one JSON object a line."""
         write_text(path, checkfiles.problem_lines(self.problems))
 
+    def _first_bad(self, listed: Path | None) -> str:
+        """The first bad row, where no list of them is written."""
+        bad = None if listed else next((problem for problem in self.problems if problem.reason in QUARANTINE), None)
+        if bad is None:
+            return ""
+        place = f"{bad.file} row {bad.row} (id {bad.id}) column '{bad.column}': {bad.reason}: {bad.detail}"
+        return f"\n  first: {place}\n  'mmalign data check {self.path}' lists all of them"
+
     def demand(self, listed: Path | None = None) -> CheckResult:
         """Itself, when there are rows to use and not too many bad ones.
 
@@ -123,7 +131,7 @@ class CheckResult:
             limit = f"{self.policy.max_bad_fraction:.1%}"
             raise DataError(
                 f"{self.path}: {self.quarantined} of {self.total} rows are bad ({share:.1%}, limit {limit});"
-                f" mend them or raise the limit (max_bad_fraction)\n{table}"
+                f" mend them or raise the limit (data.max_bad_fraction)\n{table}{self._first_bad(listed)}"
             )
         if len(self.rows) == 0:
             ties = self.counts.get("tie", 0)

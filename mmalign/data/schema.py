@@ -31,6 +31,8 @@ def check_columns(
         DataError: a required column is absent, or an extra one is nearly an optional name (its values would be lost).
     """
     columns = list(present)
+    if not columns:
+        raise DataError(f"{source}: no rows in it")
     known = (*required, *optional)
     extra = tuple(name for name in columns if name not in known)
     problems = []
@@ -39,6 +41,8 @@ def check_columns(
             near = difflib.get_close_matches(name, extra, n=1, cutoff=0.5)
             hint = f"; is it the column '{near[0]}'?" if near else f" (columns: {', '.join(columns) or 'none'})"
             problems.append(f"column '{name}' is missing{hint}")
+    if len(problems) > 1:
+        problems.append("'mmalign data import' turns tables of other layouts into one that training reads")
     absent = [name for name in known if name not in columns]
     for name in extra:
         near = difflib.get_close_matches(name, absent, n=1, cutoff=0.8)

@@ -288,6 +288,9 @@ def _check_types(table: Table, source: str) -> None:
         for name, (accepts, words) in expected.items()
         if name in table.columns and not accepts(table.type_of(name))
     ]
+    if "prompt" in table.columns and is_list(table.type_of("prompt")):
+        problems = [f"{source}: its prompts are messages, so it is a table of answers; methods on pictures read text prompts and "
+                    "two pictures a row (methods on answers: vlm_dpo and others, see 'mmalign list methods')"]  # fmt: skip
     if problems:
         raise DataError("\n".join(problems))
 

@@ -20,7 +20,7 @@ from mmalign.report.figures import EvaluationFigures
 from mmalign.report.warnings import Finding, Metrics, collect
 from mmalign.trainers import METHODS
 
-MARKS = ("config.yaml", "metrics.jsonl", "summary.json", "environment.json")
+MARKS = ("checkpoints", "config.yaml", "metrics.jsonl", "summary.json")
 """Files of which a run leaves at least one, however early it ends."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 TEXTS = (".txt", ".md")

@@ -101,6 +101,9 @@ def test_too_many_bad_rows_stop_with_the_table(imported: Path) -> None:
         check_table(imported, progress=False)
     assert "unsupported_format  quarantined   2" in str(caught.value)
     assert "quarantine.jsonl" in str(caught.value)
+    with pytest.raises(DataError, match=r"first: .* row \d+ \(id .*\) column '(chosen|rejected)': ") as caught:
+        check_table(imported, progress=False, write=False)
+    assert f"'mmalign data check {imported}' lists all of them" in str(caught.value)
     with pytest.raises(DataError, match="strict allows none"):
         check_table(imported, policy=CheckPolicy(strict=True, max_bad_fraction=1.0), progress=False, write=False)
 

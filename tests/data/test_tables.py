@@ -103,7 +103,9 @@ def test_fingerprint_follows_content_not_place(tmp_path: Path) -> None:
         ([ROW, "", "{broken"], "pairs.jsonl line 3: not valid JSON"),
         ([ROW, "[1]"], "line 2: expected an object, got list"),
         (['{"id": "a", "id": "b"}'], "line 1: not valid JSON: the key 'id' appears twice"),
-        ([], "column 'id' is missing"),
+        ([], "no rows in it"),
+        ([{"id": "a", "image": "x.png"}], "'mmalign data import' turns tables of other layouts"),
+        ([{"id": "a", "prompt": [{"role": "user", "content": "x"}], "chosen": [], "rejected": []}], "it is a table of answers"),
     ],
 )
 def test_bad_manifests_are_named(tmp_path: Path, rows: list[Any], message: str) -> None:

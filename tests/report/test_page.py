@@ -133,7 +133,10 @@ def test_everything_from_the_run_is_escaped(run: Path) -> None:
     assert text.count(html.escape("<script>alert(1)")) > 10
 
 
-def test_an_empty_folder_says_what_is_missing(tmp_path: Path) -> None:
+def test_a_run_that_did_not_begin_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is not a run folder: it has none of checkpoints, config.yaml"):
+        build_report(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
     page = read(tmp_path)
     assert "This run has no evaluation against the base yet." in page.text and "mmalign evaluate" in page.text
     for name in ("metrics.jsonl", "config.yaml", "environment.json", "quarantine.jsonl", "samples/evaluation"):
@@ -186,11 +189,12 @@ def test_values_that_are_not_numbers_in_the_log(run: Path) -> None:
 def test_no_such_folder_and_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="no such folder"):
         build_report(tmp_path / "nowhere")
+    (tmp_path / "summary.json").write_text("{}")
     (tmp_path / "report.html").mkdir()
     (tmp_path / "report.html/x").touch()
     with pytest.raises(DataError, match="report.html cannot be written"):
         build_report(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "summary.json"]
 
 
 def test_lines_are_strict_where_nobody_can_be_told(tmp_path: Path) -> None:
