@@ -22,6 +22,7 @@ class RewardServer(Server):
         super().__init__(address, _Handler)
         self.scorers = scorers
         self.device_lock = threading.Lock()
+        self.parse_lock = threading.Lock()
         self.waiting = threading.BoundedSemaphore(MAX_WAITING)
 
 
@@ -39,19 +40,22 @@ class _Handler(Handler):
         if self.path != SCORE:
             self.refuse(404, "there is nothing here")
             return
+        # A place in the queue is for whole requests: those that come slowly must not keep others from it.
+        body = self.body(MAX_BODY)
+        if body is None:
+            return
         if not self.server.waiting.acquire(blocking=False):
             self.refuse(503, "too many requests are waiting")
             return
         try:
-            body = self.body(MAX_BODY)
-            if body is not None:
-                self._score(body)
+            self._score(body)
         finally:
             self.server.waiting.release()
 
     def _score(self, body: bytes) -> None:
         try:
-            request = decode_request(body)
+            with self.server.parse_lock:  # 64 MiB of brackets become a gigabyte of lists
+                request = decode_request(body)
         except WireError as error:
             self.refuse(400, str(error))
             return

@@ -9,7 +9,8 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,8 @@ from mmalign.rewards.wire import MAX_BODY
 from tests.rewards.test_odd_inputs import encoded
 
 
-@pytest.fixture
-def server(clip_folder: Path) -> Iterator[RewardServer]:
+@contextmanager
+def serve(clip_folder: Path) -> Iterator[RewardServer]:
     scorers = rewards.load(["tiny-clip", "brightness"], path={"tiny-clip": clip_folder}, device="cpu")
     with RewardServer(scorers, ("127.0.0.1", 0)) as running:
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
@@ -32,6 +33,12 @@ def server(clip_folder: Path) -> Iterator[RewardServer]:
         yield running
         running.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def server(clip_folder: Path) -> Iterator[RewardServer]:
+    with serve(clip_folder) as running:
+        yield running
 
 
 def test_remote_scores_are_the_local_ones(
@@ -119,24 +126,101 @@ def test_a_body_that_never_comes_to_its_end_loses_its_place(server: RewardServer
     assert ask(server, b"[]")[0] == 400  # and the next is served
 
 
-def test_no_more_clients_than_there_are_places(server: RewardServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "_places", threading.BoundedSemaphore(2))
-    held = [socket.create_connection(server.server_address[:2], timeout=10) for _ in range(2)]
-    for one in held:  # a first byte, so that both have been let in
-        one.sendall(b"P")
-    time.sleep(0.2)
-    with socket.create_connection(server.server_address[:2], timeout=10) as third:
-        assert third.recv(10) == b""  # hung up on
+@pytest.fixture
+def two_places(clip_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RewardServer]:
+    monkeypatch.setattr(serving, "MAX_CONNECTIONS", 2)
+    with serve(clip_folder) as running:
+        yield running
+
+
+def knock(server: RewardServer, count: int, words: bytes) -> list[socket.socket]:
+    """Clients that say something and no more; all of them have been let in."""
+    held = []
+    for number in range(count):
+        held.append(socket.create_connection(server.server_address[:2], timeout=10))
+        held[-1].sendall(words)
+        wait_until(lambda number=number: len(server._paces) > number)
+    time.sleep(0.05)  # and read
+    return held
+
+
+def wait_until(comes_true: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if comes_true():
+            return
+        time.sleep(0.01)
+    pytest.fail("it did not come true")
+
+
+HEAD = b"POST /v1/score HTTP/1.1\r\n"
+
+
+@pytest.mark.parametrize("words", [b"P", HEAD + b"X: y", HEAD + b"Content-Length: 9\r\n\r\n{"])
+def test_slow_clients_give_way_to_others(two_places: RewardServer, words: bytes) -> None:
+    held = knock(two_places, 2, words)
+    time.sleep(0.02)
+    for _ in range(3):
+        assert ask(two_places, b"[]")[0] == 400
+    assert held[0].recv(1000) == b"" or b" 400 " in held[0].recv(1000)  # the one that came first was hung up on
     for one in held:
         one.close()
-    for _ in range(100):
-        try:
-            assert ask(server, b"[]")[0] == 400
-            break
-        except (http.client.HTTPException, ConnectionError):
-            time.sleep(0.05)
-    else:
-        pytest.fail("places are not given back")
+
+
+def test_clients_that_are_being_answered_keep_their_places(
+    two_places: RewardServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy, go_on = threading.Semaphore(0), threading.Event()
+
+    def score(*_: object, **__: object) -> None:
+        busy.release()
+        assert go_on.wait(10)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(two_places.scorers, "score", score)
+    body = json.dumps({"images": [""], "prompts": ["a"]}).encode()
+    answers: list[int] = []
+    clients = [threading.Thread(target=lambda: answers.append(ask(two_places, body)[0])) for _ in range(2)]
+    for client in clients:
+        client.start()
+    assert busy.acquire(timeout=10)  # one is being scored and the other waits for the device
+    wait_until(lambda: sum(not pace.is_reading for pace in two_places._paces.values()) == 2)
+    with socket.create_connection(two_places.server_address[:2], timeout=10) as third:
+        assert third.recv(10) == b""  # hung up on
+    go_on.set()
+    for client in clients:
+        client.join()
+    assert answers == [500, 500]
+
+
+def test_bodies_that_come_slowly_keep_nobody_from_the_queue(server: RewardServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "waiting", threading.BoundedSemaphore(1))
+    held = knock(server, 3, b"POST /v1/score HTTP/1.1\r\nContent-Length: 9\r\n\r\n{")
+    assert ask(server, json.dumps({"images": [""], "prompts": ["a"]}).encode())[0] == 200
+    for one in held:
+        one.close()
+
+
+def test_no_more_bytes_of_bodies_than_memory_is_given(server: RewardServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "MAX_HELD", 1000)
+    held = knock(server, 1, b"POST /v1/score HTTP/1.1\r\nContent-Length: 990\r\n\r\n" + b" " * 900)
+    wait_until(lambda: server._held == 900)
+    assert ask(server, b" " * 200)[0] == 503
+    held[0].sendall(b" " * 90)
+    assert b" 400 " in held[0].recv(1000)  # no JSON; and its bytes are given back
+    wait_until(lambda: server._held == 0)
+    assert ask(server, b" " * 900)[0] == 400
+
+
+def test_what_is_no_request_is_refused_as_json(server: RewardServer) -> None:
+    for method, code in (("PUT", 405), ("HEAD", 405), ("BREW", 405)):
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=10)
+        connection.request(method, "/v1/score")
+        answer = connection.getresponse()
+        assert answer.status == code and (method == "HEAD" or "error" in json.loads(answer.read()))
+        connection.close()
+    with socket.create_connection(server.server_address[:2], timeout=10) as odd:
+        odd.sendall(b"GET\r\n\r\n")
+        assert b" 400 " in odd.recv(1000).splitlines()[0]
 
 
 def test_a_reward_that_breaks_down_is_a_500_and_the_server_goes_on(
