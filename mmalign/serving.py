@@ -158,7 +158,7 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.close()
         self.pace = self.server.pace(self.request)
         self.rfile = io.BufferedReader(_Wire(self.connection, self.pace))
-        self._holds = 0
+        self._holds, self._is_unread = 0, False
 
     def handle_one_request(self) -> None:
         """One request; what its body holds is given back afterwards."""
@@ -168,11 +168,26 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             self.server.hold(-self._holds)
             self._holds = 0
+        if self._is_unread:
+            self._read_off()
+
+    def _read_off(self) -> None:
+        """Let a refused client send on for a while. Most send the whole body before they read anything: hung up on at once, they
+        would know of a broken connection and not of the refusal."""
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.pace.restart(READ_TIMEOUT)
+            while self.rfile.read1(PIECE):
+                pass
 
     def parse_request(self) -> bool:
         """The head has come as far as there is one."""
         known = super().parse_request()
         self.pace.is_reading = False
+        if known:
+            length = self.headers.get("Content-Length", "0").strip()
+            self._is_unread = length.strip("0") != "" or "Transfer-Encoding" in self.headers
         return known
 
     def body(self, limit: int) -> bytes | None:
@@ -203,6 +218,7 @@ class Handler(BaseHTTPRequestHandler):
             return None
         finally:
             self.pace.is_reading = False
+        self._is_unread = False
         if left:
             self.refuse(400, "the body is shorter than its Content-Length")
             return None

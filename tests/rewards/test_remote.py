@@ -211,6 +211,20 @@ def test_no_more_bytes_of_bodies_than_memory_is_given(server: RewardServer, monk
     assert ask(server, b" " * 900)[0] == 400
 
 
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_client_that_sends_a_huge_body_first_learns_why_it_was_refused(server: RewardServer, is_chunked: bool) -> None:
+    length = MAX_BODY + 1
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=30)
+    pieces = (bytes(1 << 20) for _ in range(length // (1 << 20) + 1))
+    if is_chunked:
+        connection.request("POST", "/v1/score", pieces, {"Transfer-Encoding": "chunked"}, encode_chunked=True)
+    else:
+        connection.request("POST", "/v1/score", bytes(length))
+    assert connection.getresponse().status == (411 if is_chunked else 413)
+    connection.close()
+    assert ask(server, b"[]")[0] == 400 and server._held < MAX_BODY
+
+
 def test_what_is_no_request_is_refused_as_json(server: RewardServer) -> None:
     for method, code in (("PUT", 405), ("HEAD", 405), ("BREW", 405)):
         connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=10)
