@@ -29,6 +29,8 @@ MAX_JSONL_BYTES: Final = 1 << 30
 SMALL_TABLE_BYTES: Final = 64 << 20
 """Tables up to this size are simply read into memory; nothing is written beside them."""
 HASHES: Final = "hashes.json"
+ABSENT: Final = {"p_chosen": 1.0}
+"""What a JSONL line without a key says where other lines have it: as a table without the column; `null` is another thing."""
 VOTES: Final = "pairs.jsonl"
 """The table of a folder of pairs, as `mmalign arena` writes it; the folder may be named instead."""
 
@@ -258,8 +260,7 @@ def _open_jsonl(path: Path) -> Storage:
     columns = sorted({name for row in rows for name in row})
     arrays = []
     for name in columns:
-        # A line without the key says what a table without the column says; `null` says that nobody knows.
-        absent = 1.0 if name == "p_chosen" else None
+        absent = ABSENT.get(name)
         values = [_as_image(row.get(name)) if name in ("chosen", "rejected") else row.get(name, absent) for row in rows]
         values = [json.dumps(v) if name == "meta" and v is not None and not isinstance(v, str) else v for v in values]
         arrays.append(_column(path, name, values, lines))

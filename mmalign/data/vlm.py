@@ -22,7 +22,7 @@ from mmalign.branches import BranchRecord, MediaRef, VideoRef
 from mmalign.data.files import file_hash
 from mmalign.data.remote import local_path
 from mmalign.data.schema import check_columns, check_version
-from mmalign.data.storage import MAX_JSONL_BYTES, LoadedPart, Storage, open_storage, part_files, read_jsonl
+from mmalign.data.storage import ABSENT, MAX_JSONL_BYTES, LoadedPart, Storage, open_storage, part_files, read_jsonl
 from mmalign.data.tables import Table, is_list, refuse_repeated_ids
 from mmalign.data.vlm_rows import RowProblem, list_record, pair_record, reference_of
 from mmalign.errors import DataError
@@ -245,7 +245,7 @@ def _jsonl(path: Path) -> Storage:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     arrays = []
     for name in columns:
-        values = [row.get(name) for row in rows]
+        values = [row.get(name, ABSENT.get(name)) for row in rows]
         texts = [str(value) if name == "id" and value is not None else None if value is None else json.dumps(value)
                  for value in values]  # fmt: skip
         arrays.append(pa.array(texts, type=pa.string()))

@@ -17,7 +17,7 @@ from mmalign.data.shards import Shard
 from mmalign.data.upkeep import list_caches, verify
 from mmalign.experiment.caching import TableJob, fill_table
 from tests.data.making import make_pairs
-from tests.killing import kill_when, start
+from tests.forks import kill_when, start
 
 KILLS = int(os.environ.get("MMALIGN_KILLS", "1"))
 ROOT = Path(__file__).resolve().parents[2]

@@ -190,3 +190,12 @@ def test_the_package_is_light_to_import() -> None:
         "assert mmalign.data.FORMATS.names()[:2] == ['pickapic', 'folder']\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_table_of_the_documentation_loses_no_row(tmp_path: Path) -> None:
+    """A line without `p_chosen` beside one with it: certain, as in a table without the column. `null` is no label."""
+    lines = [{**ROW, "id": "1"}, {**ROW, "id": "2", "p_chosen": 0.8}, {**ROW, "id": "3", "p_chosen": None}]
+    table = open_table(jsonl(tmp_path, *lines))
+    assert table[0].p_chosen == 1.0 and table[1].p_chosen == pytest.approx(0.8)
+    with pytest.raises(DataError, match="line 3 column 'p_chosen': no_label"):
+        table[2]

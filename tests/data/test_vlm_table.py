@@ -340,3 +340,11 @@ def test_masked_rows_of_stages_have_the_steps_of_the_run(tmp_path: Path) -> None
     stream = short.micro_batches()
     assert [next(stream)[0] for _ in range(2)] == [0, 1]
     assert not short.masked, "row 3 was in the batch after the last one of the first stage"
+
+
+def test_a_line_without_a_label_is_certain_and_null_is_no_label(tmp_path: Path) -> None:
+    """The documented default of the column is that of a line, whatever other lines say."""
+    table = open_vlm(table_of(tmp_path, [pair(0), pair(1, p_chosen=0.75), pair(2, p_chosen=None)]))
+    assert [table.record(row).p_chosen for row in (0, 1)] == [1.0, 0.75]
+    with pytest.raises(RowProblem, match="no_label"):
+        table.record(2)

@@ -20,9 +20,9 @@ from mmalign.experiment import load_experiment
 from mmalign.experiment import train as run
 from mmalign.freezing import FreezeMask
 from mmalign.trainers.freeze_as_guard import FreezeAsGuard, FreezeAsGuardConfig
+from tests.forks import kill_when, launched, start
 from tests.freezing.conftest import ROOT
 from tests.invariants.conftest import metric_lines
-from tests.killing import kill_when, start
 
 KILLS = max(2, int(os.environ.get("MMALIGN_KILLS", "2")))
 CONFIG = str(ROOT / "configs" / "tiny" / "freeze_as_guard.yaml")
@@ -157,25 +157,17 @@ def test_ratios_by_parameters_are_met_to_one_tensor(tmp_path: Path) -> None:
     assert mask.ratio["parameters"] == pytest.approx(0.4, abs=largest)
 
 
+def learn_in_halves(out: str) -> None:
+    learn(Path(out), optim__batch_size=1, run__save_every=10)
+
+
 def test_two_processes_make_the_mask_of_one(tmp_path: Path) -> None:
     """Rows are cut from one order and gradients averaged, so scores agree to the rounding of sums."""
-    import subprocess
-    import sys
-
     from safetensors.torch import load_file
-
-    from tests.invariants.conftest import quiet_environment
 
     one = learn(tmp_path / "one", optim__accumulate=2, optim__batch_size=1, run__save_every=10)
     two = tmp_path / "two"
-    launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/cpu2.yaml"),
-        "--main_process_port", str(20000 + (os.getpid() + 13) % 20000), str(ROOT / "scripts" / "train_freeze_as_guard.py"),
-        "--config", CONFIG, f"run.out={two}", "optim.steps=10", "optim.batch_size=1", "method.user_steps=4", "method.episode=4",
-        "run.log_every=1", "run.save_every=10",
-    ]  # fmt: skip
-    done = subprocess.run(launch, capture_output=True, text=True, env=quiet_environment(), timeout=300, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launched(2, learn_in_halves, str(two))
     first, second = (load_file(run / "checkpoints/step-00000010/policy.safetensors")["scores"] for run in (one, two))
     assert first.abs().max() > 0.01
     assert (first - second).abs().max() < 1e-3

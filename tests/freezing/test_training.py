@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from mmalign.errors import ConfigError, ModelError
 from mmalign.experiment import load_experiment, open_run
+from mmalign.experiment import train as run_training
 from mmalign.freezing import FreezeMask, FreezingError, guard, verify
 from mmalign.freezing.guarding import guard_of
 from mmalign.trainers import METHODS
+from tests.forks import launched
 from tests.freezing.conftest import ROOT
 from tests.freezing.test_learning import learn
-from tests.invariants.conftest import quiet_environment, settings, state_files
+from tests.invariants.conftest import settings, state_files
 
 Train = Callable[..., Path]
 BASE = ROOT / "assets" / "tiny-sd"
@@ -99,13 +98,7 @@ def test_adapters_stay_off_frozen_layers(train: Train, mask_file: Path, tmp_path
 
 def test_two_processes(pairs: Path, mask_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "two"
-    launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/cpu2.yaml"),
-        "--main_process_port", str(20000 + (os.getpid() + 7) % 20000), str(ROOT / "scripts" / "train_diffusion_sft.py"),
-        "--config", SFT, *settings(pairs, out, optim__steps=2, freezing__mask=mask_file),
-    ]  # fmt: skip
-    done = subprocess.run(launch, capture_output=True, text=True, env=quiet_environment(), timeout=300, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launched(2, run_training, SFT, settings(pairs, out, optim__steps=2, freezing__mask=mask_file))
     mask = FreezeMask.load(mask_file)
     assert same_bits(mask, out / "export") == [] and len(moved(mask, out / "export")) == 286 - len(mask.frozen)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +25,7 @@ from mmalign.experiment import load_experiment, rowcounts
 from mmalign.experiment.assembly import assemble
 from mmalign.experiment.running import train_experiment
 from mmalign.types import StepContext
-from tests.killing import start
+from tests.forks import launched
 
 from .conftest import CONFIG, metric_lines, settings, write_pairs
 
@@ -99,12 +98,9 @@ def gradients() -> Iterator[list[dict[str, Tensor]]]:
         hook.remove()
 
 
-def run_cases(table: str, lost: str, out: str, rank: int, world: int, port: int) -> None:
+def run_cases(table: str, lost: str, out: str, world: int) -> None:
     """All cases on one process of `world`; keeps the gradients of every step. Then a run on a table whose files go missing."""
-    if world > 1:
-        torch.set_num_threads(1)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    rank = int(os.environ.get("RANK", "0"))
     defaults = PairLoader.__init__.__kwdefaults__
     assert defaults is not None
     before = dict(defaults)
@@ -132,15 +128,9 @@ def runs(
 ) -> tuple[int, Path]:
     out, world = tmp_path_factory.mktemp("runs"), int(request.param)
     if world == 1:
-        run_cases(str(tables[0]), str(tables[2]), str(out), 0, 1, 0)
+        run_cases(str(tables[0]), str(tables[2]), str(out), 1)
         return world, out
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [start(run_cases, str(tables[0]), str(tables[2]), str(out), rank, world, port) for rank in range(world)]
-    for process in processes:
-        process.join(timeout=240)
-        assert process.exitcode == 0, "neither a failure nor one process that waits for another for ever"
+    launched(world, run_cases, str(tables[0]), str(tables[2]), str(out), world)
     return world, out
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,8 +14,9 @@ from safetensors.torch import load_file
 from mmalign.experiment import train as run_training
 from tests.fixtures import tiny_vlm
 from tests.fixtures.vlm_runs import write_experiment, write_table
+from tests.forks import launched
 
-from .conftest import ROOT, command, metric_lines, quiet_environment
+from .conftest import command, metric_lines, quiet_environment
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +54,7 @@ def test_a_run_killed_and_resumed_equals_the_straight_run(file: Path, tmp_path: 
 def test_two_processes_equal_one_that_accumulates(file: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     run_training(file, [f"run.out={one}", "optim.steps=3", "optim.accumulate=2"])
-    launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/cpu2.yaml"),
-        "--main_process_port", str(20000 + (os.getpid() + 7) % 20000), str(ROOT / "scripts" / "train_vlm_dpo.py"),
-        "--config", str(file), f"run.out={two}", "optim.steps=3",
-    ]  # fmt: skip
-    done = subprocess.run(launch, capture_output=True, text=True, env=quiet_environment(), timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launched(2, run_training, str(file), [f"run.out={two}", "optim.steps=3"])
     first, second = (load_file(run / "checkpoints/step-00000003/policy.safetensors") for run in (one, two))
     apart = max((first[name] - second[name]).abs().max().item() for name in first)
     moved = max(value.abs().max().item() for name, value in first.items() if "lora_B" in name)

@@ -1,10 +1,11 @@
-"""Processes to be killed for real: forked from a server that has the heavy libraries loaded, so that twenty cost seconds."""
+"""Processes to be killed or to work together: forked from a server that has the heavy libraries loaded."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
@@ -30,11 +31,41 @@ def forks() -> ForkServerContext:
     return context
 
 
+def free_port() -> int:
+    """A port of this machine that nobody uses at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def start(work: Callable[..., Any], *arguments: Any) -> BaseProcess:
     """A process that does some work, a function that can be imported."""
     process = forks().Process(target=work, args=arguments)
     process.start()
     return process
+
+
+def launched(count: int, work: Callable[..., Any], *arguments: Any) -> None:
+    """Some work on several processes, as `accelerate launch` starts them on a CPU; all of them have to come to a good end."""
+    port = free_port()
+    processes = [start(_one_of, rank, count, port, work, arguments) for rank in range(count)]
+    for process in processes:
+        process.join(timeout=2 * DEADLINE)
+        if process.exitcode != 0:
+            for each in processes:
+                each.kill()
+            raise AssertionError(f"a process failed, or waits for another for ever (exit code {process.exitcode})")
+
+
+def _one_of(rank: int, count: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    work(*arguments)
 
 
 def kill_when(process: BaseProcess, due: Callable[[], bool], *, pause: float = 0.001) -> bool:
