@@ -9,7 +9,6 @@ from typing import Any
 import freezing_choice as choice
 import freezing_selectivity
 import freezing_study
-import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 from freezing_study import Scheme, World, second_group, third_group
@@ -17,6 +16,7 @@ from freezing_study import Scheme, World, second_group, third_group
 from mmalign.data.domains import open_domains
 from mmalign.freezing.baselines import TOLERANCE, matched_scored
 from mmalign.world.domains import PATTERNS, PERSONS
+from tests.freezing.guarded import few_domains
 
 
 def test_what_is_learnt_from_chosen_on_and_reported_shares_nobody(tmp_path: Path) -> None:
@@ -75,21 +75,12 @@ def test_share_is_met_from_the_top() -> None:
     assert TOLERANCE < 0.01
 
 
-def few_domains(folder: Path, number: int) -> str:
-    """The embedded table with the first pictures of each split and role."""
-    table = pq.read_table(Path(freezing_study.DOMAINS) / "part-00000.parquet")
-    folder.mkdir()
-    kept = [int(name.rpartition("-")[2]) < number for name in table["id"].to_pylist()]
-    pq.write_table(table.filter(kept), folder / "part-00000.parquet")
-    return str(folder)
-
-
 @pytest.mark.slow
 def test_every_arm_runs_and_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(choice, "RULES", {"1": lambda ratio: 1.0})
-    monkeypatch.setattr(freezing_study, "DOMAINS", few_domains(tmp_path / "few", 16))
+    monkeypatch.setattr(freezing_study, "DOMAINS", str(few_domains(tmp_path / "few")))
     monkeypatch.setattr(freezing_study, "REPORTED", {"adapt": 16, "test": 16})
     common = ["--out", str(tmp_path), "--seeds", "0", "--ratios", "0.3", "--user-steps", "1", "--shortened", "15"]
     common += ["--matched", "1"]

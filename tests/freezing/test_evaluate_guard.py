@@ -24,7 +24,7 @@ from mmalign.freezing import FreezeMask
 from mmalign.world.domains import EVERY_PATTERN, EVERYBODY, PATTERNS, likeness, patterned, portrait
 from mmalign.world.oracle import oracle_scores
 from tests.freezing.conftest import ROOT
-from tests.freezing.test_learning import learn
+from tests.freezing.guarded import few_domains, learn
 
 CONFIG = ROOT / "configs" / "evaluate_guard" / "tiny.yaml"
 
@@ -118,7 +118,7 @@ def mask_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_whole_evaluation(mask_file: Path, tmp_path: Path) -> None:
     overrides = [
         f"masks.learned={mask_file}", "random=1", "optim.steps=2", "optim.batch_size=2", "sample.prompts=3", "sample.steps=2",
-        "sample.grid=2", "draws=1", "erase=false", f"data.manifest={ROOT / 'assets' / 'tiny-domains'}",
+        "sample.grid=2", "draws=1", "erase=false", f"data.manifest={few_domains(tmp_path / 'domains')}",
         f"model.path={ROOT / 'assets' / 'tiny-sd'}", f"run.out={tmp_path / 'out'}",
     ]  # fmt: skip
     result = evaluate_guard(CONFIG, overrides)
@@ -157,7 +157,7 @@ def test_a_user_who_was_stopped_is_never_scored(
     overrides = [
         f"masks.learned={mask_file}", "random=0",
         "optim.steps=4", "optim.batch_size=2", "sample.prompts=2", "sample.steps=1", "sample.grid=1",
-        "draws=1", "erase=false", f"data.manifest={ROOT / 'assets' / 'tiny-domains'}", f"run.out={tmp_path / 'out'}",
+        "draws=1", "erase=false", f"data.manifest={few_domains(tmp_path / 'domains')}", f"run.out={tmp_path / 'out'}",
         f"model.path={ROOT / 'assets' / 'tiny-sd'}",
     ]  # fmt: skip
     with pytest.raises(KeyboardInterrupt, match="the illegal user had 2 of 4 steps; run again to go on"):

@@ -17,27 +17,13 @@ import pytest
 
 from mmalign.errors import ConfigError
 from mmalign.experiment import load_experiment
-from mmalign.experiment import train as run
 from mmalign.freezing import FreezeMask
 from mmalign.trainers.freeze_as_guard import FreezeAsGuard, FreezeAsGuardConfig
 from tests.forks import kill_when, launched, start
-from tests.freezing.conftest import ROOT
+from tests.freezing.guarded import GUARD, learn
 from tests.invariants.conftest import metric_lines
 
 KILLS = max(2, int(os.environ.get("MMALIGN_KILLS", "2")))
-CONFIG = str(ROOT / "configs" / "tiny" / "freeze_as_guard.yaml")
-
-
-def learn(out: Path, resume: bool = False, **more: object) -> Path:
-    """A run of 9 steps: four user steps and one mask step for each domain, then four user steps of the first."""
-    values: dict[str, object] = {
-        "data.manifest": ROOT / "assets" / "tiny-domains", "model.path": ROOT / "assets" / "tiny-sd", "run.out": out,
-        "optim.steps": 10, "optim.batch_size": 2, "method.user_steps": 4, "method.episode": 4, "run.log_every": 1,
-        "run.save_every": 5, "run.keep_checkpoints": 0,
-    }  # fmt: skip
-    values |= {key.replace("__", "."): value for key, value in more.items()}
-    run(CONFIG, [f"{key}={value}" for key, value in values.items()], resume=resume)
-    return out
 
 
 def policy_files(folder: Path, step: int) -> dict[str, bytes]:
@@ -217,7 +203,7 @@ def test_adapters_are_masked_by_layer(tmp_path: Path) -> None:
 )
 def test_settings_without_meaning_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_experiment(CONFIG, overrides)
+        load_experiment(GUARD, overrides)
 
 
 def test_a_table_with_one_kind_of_domain_is_refused(tmp_path: Path) -> None:

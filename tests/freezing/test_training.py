@@ -21,11 +21,10 @@ from mmalign.freezing.guarding import guard_of
 from mmalign.trainers import METHODS
 from tests.forks import launched
 from tests.freezing.conftest import ROOT
-from tests.freezing.test_learning import learn
+from tests.freezing.guarded import BASE, learn
 from tests.invariants.conftest import settings, state_files
 
 Train = Callable[..., Path]
-BASE = ROOT / "assets" / "tiny-sd"
 SFT = str(ROOT / "configs" / "tiny" / "diffusion_sft.yaml")
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
