@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
@@ -43,6 +44,12 @@ def start(work: Callable[..., Any], *arguments: Any) -> BaseProcess:
     process = forks().Process(target=work, args=arguments)
     process.start()
     return process
+
+
+def run_code(code: str, *arguments: str) -> None:
+    """A program that stands in a text, as ``python -c`` runs it."""
+    sys.argv = ["-c", *arguments]
+    exec(compile(code, "<program>", "exec"), {"__name__": "__main__"})
 
 
 def launched(count: int, work: Callable[..., Any], *arguments: Any) -> None:

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +30,7 @@ from mmalign.data.files import canonical_hash
 from mmalign.data.sources import latent_key, text_key
 from mmalign.errors import DataError
 from tests.data.making import make_jsonl, make_pairs, number_of, picture
+from tests.forks import kill_when, run_code, start
 
 FIELDS = {"model": "abc", "dtype": "float32"}
 
@@ -190,30 +186,22 @@ def encode(inputs):
     return {"value": torch.tensor(inputs, dtype=torch.float32)[:, None]}
 cache = Cache.open_or_create(root, "vae", {"a": 1})
 cache.fill(((f"key-{n}", n) for n in range(40)), encode, batch_size=4, shard_seconds=0.0)
-print(len(cache))
+sys.exit(len(cache) != 40)
 """
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", CHILD, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def test_a_killed_fill_is_continued_and_two_fills_share_the_work(tmp_path: Path) -> None:
     root, log = tmp_path / "cache", tmp_path / "log"
-    killed = start(root, 0.3, log)
-    deadline = time.monotonic() + 60
-    while len(list(root.glob("vae/*/shard-*"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed = start(run_code, CHILD, str(root), "0.3", str(log))
+    assert kill_when(killed, lambda: len(list(root.glob("vae/*/shard-*"))) >= 2)
     cache = Cache.open_or_create(root, "vae", {"a": 1})
     kept = len(cache)
     assert 8 <= kept < 40
     log.unlink()
-    both = [start(root, 0.01, log) for _ in range(2)]
-    assert [process.communicate(timeout=90)[0].strip() for process in both] == ["40", "40"]
+    both = [start(run_code, CHILD, str(root), "0.01", str(log)) for _ in range(2)]
+    for process in both:
+        process.join(timeout=90)
+    assert [process.exitcode for process in both] == [0, 0], "each found all forty at its end"
     encoded = [int(line) for line in log.read_text().split()]
     assert sorted(encoded) == list(range(kept, 40))  # nothing twice, nothing that was kept
     cache.refresh()

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -20,6 +15,7 @@ from mmalign.data.lookparts import PartsMissing
 from mmalign.errors import ConfigError, DataError
 from tests.data.clips import clip
 from tests.data.making import make_pairs, pickapic_cases, picture, write_pickapic
+from tests.forks import kill_when, run_code, start
 
 LENIENT = CheckPolicy(max_bad_fraction=1.0)
 
@@ -90,14 +86,12 @@ def test_a_killed_check_goes_on_where_it_was(table: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(checkparts, "ROWS_PER_PART", 1)
     check_table(table, policy=LENIENT, workers=1, progress=False)
     before = report(table)
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(table)], env={**os.environ, "PYTHONPATH": os.getcwd()}
-    )
-    while process.poll() is None and len(list((table / "check").glob("parts-*/part-*.npz"))) < 3:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = len(list((table / "check").glob("parts-*/part-*.npz")))
+
+    def parts() -> int:
+        return len(list((table / "check").glob("parts-*/part-*.npz")))
+
+    assert kill_when(start(run_code, KILLED, str(table)), lambda: parts() >= 3)
+    done = parts()
     assert 3 <= done < 17
     looked = []
     examine = checkparts.examine_part

@@ -1,14 +1,12 @@
 """Killed at random and resumed: the sequence of rows and the bytes of every batch are the uninterrupted run's.
 
-MMALIGN_KILLS says how often (once by default, for every process loads torch anew).
+MMALIGN_KILLS says how often (once by default).
 """
 
 from __future__ import annotations
 
 import os
 import random
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 
 from mmalign.data import Cache, check_table, open_table
 from tests.data.making import make_pairs
+from tests.forks import run_code, start
 
 KILLS = int(os.environ.get("MMALIGN_KILLS", "1"))
 STEPS = 40
@@ -57,12 +56,6 @@ with log.open("ab") as handle:
 """
 
 
-def start(folder: Path, log: Path, *, pause: float, cached: bool) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    given = [str(folder), str(log), str(STEPS), str(pause), "1" if cached else "0"]
-    return subprocess.Popen([sys.executable, "-c", RUN, *given], env=environment)
-
-
 @pytest.mark.parametrize("cached", [False, True])
 def test_killed_at_random_and_resumed(cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = make_pairs(tmp_path / "table", 70)
@@ -71,19 +64,19 @@ def test_killed_at_random_and_resumed(cached: bool, tmp_path: Path, monkeypatch:
     chance = random.Random(7)
     killed = 0
     while killed < KILLS:
-        process = start(table, pieces, pause=0.05, cached=cached)
+        process = start(run_code, RUN, str(table), str(pieces), str(STEPS), "0.05", "1" if cached else "0")
         seen = progress(table, pieces)
         deadline = time.monotonic() + 120
-        while progress(table, pieces) == seen and process.poll() is None and time.monotonic() < deadline:
+        while progress(table, pieces) == seen and process.exitcode is None and time.monotonic() < deadline:
             time.sleep(0.01)
         # Somewhere in the next few units of work, be it a shard of the cache or a batch.
         time.sleep(chance.uniform(0.0, 0.05 * 2 * STEPS / max(KILLS, 4)))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+        if process.exitcode is None:
+            process.kill()
             killed += 1
         elif killed == 0 or done(pieces) >= 2 * STEPS:
             break
-        process.wait()
+        process.join()
     finish(table, pieces, cached, monkeypatch)
     finish(table, whole, cached, monkeypatch)
     assert killed >= 1
@@ -96,9 +89,9 @@ def test_killed_at_random_and_resumed(cached: bool, tmp_path: Path, monkeypatch:
 
 
 def finish(folder: Path, log: Path, cached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Go on to the end, in this process: starting another takes seconds."""
-    monkeypatch.setattr(sys, "argv", ["run", str(folder), str(log), str(STEPS), "0", "1" if cached else "0"])
-    exec(compile(RUN, "run", "exec"), {})
+    """Go on to the end, in this process."""
+    monkeypatch.setattr(sys, "argv", [])  # and give its own back afterwards
+    run_code(RUN, str(folder), str(log), str(STEPS), "0", "1" if cached else "0")
 
 
 def done(log: Path) -> int:

@@ -84,6 +84,19 @@ def state_files(run: Path, step: int) -> dict[str, bytes]:
     }
 
 
+def train_elsewhere(config: str, overrides: list[str], resume: bool = False) -> None:
+    """What a process that is to be killed does."""
+    from mmalign.experiment import train as run
+
+    run(config, overrides, resume=resume)
+
+
+def logged(run: Path) -> int:
+    """Steps that a run has logged so far."""
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def metric_lines(run: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in TIMING} for line in lines]

@@ -14,8 +14,22 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
-from .conftest import CONFIG, ROOT, command, metric_lines, quiet_environment, run_command, settings, state_files
+from mmalign.cli.application import app
+from tests.forks import kill_when, start
+
+from .conftest import (
+    CONFIG,
+    ROOT,
+    command,
+    logged,
+    metric_lines,
+    quiet_environment,
+    settings,
+    state_files,
+    train_elsewhere,
+)
 
 Train = Callable[..., Path]
 
@@ -26,27 +40,14 @@ def straight(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_killed_at_any_moment_and_resumed_equals_the_straight_run(
-    straight: Path, pairs: Path, tmp_path: Path
+    straight: Path, train: Train, pairs: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     wanted = [1, 4]  # SIGKILL soon after these steps were logged: before and after the first checkpoints
     for attempt, step in enumerate(wanted):
-        arguments = ["train", CONFIG, *settings(pairs, out)]
-        process = subprocess.Popen(
-            command(*arguments, *(["--resume"] if attempt else [])), env=quiet_environment(), stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )  # fmt: skip
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            path = out / "metrics.jsonl"
-            if path.exists() and len(path.read_text().splitlines()) >= step:
-                break
-            time.sleep(0.02)
-        assert process.poll() is None, process.stderr.read().decode()[-2000:]  # type: ignore[union-attr]
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    done = run_command("train", CONFIG, *settings(pairs, out), "--resume")
-    assert done.returncode == 0, done.stderr
+        process = start(train_elsewhere, CONFIG, settings(pairs, out), attempt > 0)
+        assert kill_when(process, lambda step=step: logged(out) >= step), "it had ended before it was killed"
+    train(out, resume=True)
     assert state_files(out, 6) == state_files(straight, 6)
     assert metric_lines(out) == metric_lines(straight)
 
@@ -133,7 +134,7 @@ def test_the_reference_is_the_start_and_every_trainable_tensor_moves(
 
 
 def test_an_existing_run_is_not_continued_in_silence(straight: Path, pairs: Path) -> None:
-    done = run_command("train", CONFIG, *settings(pairs, straight))
-    assert done.returncode == 2
+    done = CliRunner().invoke(app, ["train", CONFIG, *settings(pairs, straight)])
+    assert done.exit_code == 2
     assert "--resume" in done.stderr
     assert "Traceback" not in done.stderr

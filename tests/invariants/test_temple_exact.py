@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +14,9 @@ from mmalign.experiment import train as run_training
 from tests.data.clips import clip
 from tests.fixtures import tiny_vlm
 from tests.fixtures.vlm_runs import turn, write_experiment
+from tests.forks import kill_when, start
 
-from .conftest import command, metric_lines, quiet_environment, state_files
+from .conftest import logged, metric_lines, state_files, train_elsewhere
 
 STAGES = [
     {"name": "easy", "rows": "4", "steps": 3}, {"name": "hard", "rows": "2", "steps": 2},
@@ -106,18 +104,8 @@ def test_a_run_killed_at_a_boundary_and_resumed_equals_the_straight_run(
     file: Path, straight: Path, tmp_path: Path
 ) -> None:
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        command("train", str(file), f"run.out={killed}"), env=quiet_environment(), stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )  # fmt: skip
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        path = killed / "metrics.jsonl"
-        if path.exists() and len(path.read_text().splitlines()) >= 3:  # the last step of the first stage
-            break
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = start(train_elsewhere, str(file), [f"run.out={killed}"])
+    assert kill_when(process, lambda: logged(killed) >= 3)  # the last step of the first stage
     assert not (killed / "summary.json").exists(), "it had ended before it was killed"
     run_training(file, [f"run.out={killed}"], resume=True)
     assert stored(killed) == stored(straight)

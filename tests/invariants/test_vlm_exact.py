@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -14,9 +11,9 @@ from safetensors.torch import load_file
 from mmalign.experiment import train as run_training
 from tests.fixtures import tiny_vlm
 from tests.fixtures.vlm_runs import write_experiment, write_table
-from tests.forks import launched
+from tests.forks import kill_when, launched, start
 
-from .conftest import command, metric_lines, quiet_environment
+from .conftest import logged, metric_lines, train_elsewhere
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +30,8 @@ def policy(run: Path, step: int) -> bytes:
 def test_a_run_killed_and_resumed_equals_the_straight_run(file: Path, tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     run_training(file, [f"run.out={straight}"])
-    process = subprocess.Popen(
-        command("train", str(file), f"run.out={killed}"), env=quiet_environment(), stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )  # fmt: skip
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        path = killed / "metrics.jsonl"
-        if path.exists() and len(path.read_text().splitlines()) >= 3:
-            break
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = start(train_elsewhere, str(file), [f"run.out={killed}"])
+    assert kill_when(process, lambda: logged(killed) >= 3)
     assert not (killed / "summary.json").exists(), "it had ended before it was killed"
     run_training(file, [f"run.out={killed}"], resume=True)
     assert policy(killed, 8) == policy(straight, 8)

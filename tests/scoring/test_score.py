@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +21,7 @@ from mmalign.scoring import job as job_module
 from mmalign.scoring.job import Job
 from mmalign.scoring.run import score
 from mmalign.scoring.sources import Columns, open_source
+from tests.forks import kill_when, run_code, start
 
 REASONS = {
     "page.jpg": "unsupported_format",
@@ -173,17 +169,15 @@ def test_killed_three_times_and_resumed(folder: Path, tmp_path: Path, monkeypatc
         for index in range(12):
             shutil.copy(folder / f"{index:02d}.png", big / f"{copy}-{index:02d}.png")
     out = tmp_path / "killed.parquet"
-    finished = []
+
+    def parts() -> list[Path]:
+        return sorted(Path(f"{out}.parts").glob("*.json"))
+
+    finished: list[Path] = []
     for _ in range(3):
-        process = subprocess.Popen(
-            [sys.executable, "-c", SLOW, str(big), str(out)], env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        start = len(finished)
-        until = time.monotonic() + 60
-        while len(finished := sorted(Path(f"{out}.parts").glob("*.json"))) <= start and time.monotonic() < until:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        before = len(finished)
+        assert kill_when(start(run_code, SLOW, str(big), str(out)), lambda before=before: len(parts()) > before)
+        finished = parts()
     assert not out.exists() and 3 <= len(finished) < 6
     kept = {file: file.stat().st_mtime_ns for file in finished}
     monkeypatch.setattr(job_module, "part_rows", lambda count: 8)
