@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +40,9 @@ def pictures(pipeline: object) -> np.ndarray:
     return pipeline(PROMPTS, latents=noise, num_inference_steps=6, guidance_scale=2.0, output_type="np").images  # type: ignore[operator, no-any-return]
 
 
+@cache
 def ours(run: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures of the aligned and of the base network of a run, in this process."""
+    """Pictures of the aligned and of the base network of a run, in this process; made once."""
     opened = open_run(run)
     return pictures(opened.family.pipeline(opened.aligned)), pictures(opened.family.pipeline(opened.base()))
 

@@ -61,7 +61,7 @@ def train(preset: Path, folder: Path, table: Path, out: Path, *more: str) -> lis
     invoke(
         "train", str(preset), f"model.path={folder}", f"data.manifest={table}", f"run.out={out}", "data.resolution=64",
         "optim.steps=2", "optim.batch_size=2", "optim.accumulate=1", "optim.warmup_steps=0",
-        "run.log_every=1", "evaluate.every=0", *more,
+        "run.log_every=1", "evaluate.every=0", "model.t5_length=48", *more,
     )  # fmt: skip
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 

@@ -37,7 +37,7 @@ def overrides(model: Path, manifest: Path, out: Path, *more: str) -> list[str]:
     return [
         f"model.path={model}", f"data.manifest={manifest}", f"run.out={out}", "optim.steps=2", "optim.warmup_steps=0",
         "optim.batch_size=2", "run.log_every=1", "run.save_every=2", "evaluate.prompts=null", "evaluate.rewards=[]",
-        "evaluate.holdout=[]", "tuning={name: lora, rank: 4, targets: all}", *more,
+        "evaluate.holdout=[]", "tuning={name: lora, rank: 4}", *more,
     ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,20 +50,36 @@ def apart(first: np.ndarray, second: np.ndarray) -> int:
     return int(np.abs(first.astype(int) - second.astype(int)).max())
 
 
+@pytest.fixture(scope="module")
+def untrained(tiny_family: Families, tiny_folder: Folders) -> Callable[[str], tuple[np.ndarray, np.ndarray]]:
+    """Pictures of a variant before any training, ours and the plain pipeline's; made once."""
+
+    @cache
+    def pictures(variant: str) -> tuple[np.ndarray, np.ndarray]:
+        family = tiny_family(variant)
+        return sample(family, family.network), plainly(plain_pipeline(variant, tiny_folder(variant)))
+
+    return pictures
+
+
+Untrained = Callable[[str], tuple[np.ndarray, np.ndarray]]
+
+
 @every_variant
-def test_sampling_is_a_plain_pipeline_call(tiny_family: Families, tiny_folder: Folders, variant: str) -> None:
-    family = tiny_family(variant)
-    found = sample(family, family.network)
+def test_sampling_is_a_plain_pipeline_call(untrained: Untrained, variant: str) -> None:
+    found, plain = untrained(variant)
     assert found.shape == (3, 64, 64, 3) and found.dtype == np.uint8 and found.std() > 10
-    assert apart(found, plainly(plain_pipeline(variant, tiny_folder(variant)))) <= 1
+    assert apart(found, plain) <= 1
 
 
 @every_variant
-def test_the_batch_split_does_not_matter_and_progress_counts_pictures(tiny_family: Families, variant: str) -> None:
+def test_the_batch_split_does_not_matter_and_progress_counts_pictures(
+    tiny_family: Families, untrained: Untrained, variant: str
+) -> None:
     family, counted = tiny_family(variant), []
     found = sample(family, family.network, batch_size=2, progress=counted.append)
     assert counted == [2, 1]
-    assert apart(found, sample(family, family.network)) <= 1
+    assert apart(found, untrained(variant)[0]) <= 1
 
 
 def test_a_second_call_gives_the_same_pictures(tiny_family: Families) -> None:
@@ -105,7 +122,7 @@ def _interrupt(finished: int) -> None:
 @every_variant
 @pytest.mark.parametrize("targets", ["attention", "all"])
 def test_a_saved_adapter_loads_in_a_plain_pipeline_and_gives_the_same_pictures(
-    tiny_family: Families, tiny_folder: Folders, tmp_path: Path, variant: str, targets: str
+    tiny_family: Families, tiny_folder: Folders, untrained: Untrained, tmp_path: Path, variant: str, targets: str
 ) -> None:
     family = tiny_family(variant)
     # alpha is twice the rank: a reader that forgets it gets half the adapter.
@@ -116,7 +133,7 @@ def test_a_saved_adapter_loads_in_a_plain_pipeline_and_gives_the_same_pictures(
     pipeline = plain_pipeline(variant, tiny_folder(variant))
     pipeline.load_lora_weights(tmp_path)
     ours = sample(family, policy)
-    assert apart(ours, sample(family, family.network)) > 20, "the adapter does nothing here"
+    assert apart(ours, untrained(variant)[0]) > 20, "the adapter does nothing here"
     assert apart(ours, plainly(pipeline)) <= 1
     pipeline.unload_lora_weights()
-    assert apart(plainly(pipeline), plainly(plain_pipeline(variant, tiny_folder(variant)))) <= 1
+    assert apart(plainly(pipeline), untrained(variant)[1]) <= 1
