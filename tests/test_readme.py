@@ -6,7 +6,9 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -77,11 +79,17 @@ def test_there_are_commands_to_check() -> None:
 LAUNCHED = " -m mmalign "
 
 
+@cache
+def command_tree() -> Any:
+    """What the command line offers; made once, because it is read for every command of every page."""
+    return typer.main.get_command(app)
+
+
 @pytest.mark.parametrize(
     "command", [item for item in COMMANDS if item.text.startswith("mmalign ") or LAUNCHED in item.text], ids=str
 )
 def test_mmalign_commands_parse(command: Command) -> None:
-    found = typer.main.get_command(app)
+    found = command_tree()
     words, path = command.words[command.words.index("mmalign") + 1 :], "mmalign"
     while hasattr(found, "commands"):
         name = next((word for word in words if not word.startswith("-")), None)
