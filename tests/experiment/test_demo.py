@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mmalign import demo as module
 from mmalign.config import load_yaml
-from mmalign.demo import demo, label_candidates, shown
+from mmalign.demo import demo, shown
 from mmalign.errors import ConfigError
 
 SMALL = [
@@ -19,11 +20,28 @@ SMALL = [
 ]  # fmt: skip
 
 
-def test_demo_shows_base_aligned_and_control(tmp_path: Path) -> None:
-    out = tmp_path / "demo"
-    result = demo(out, seed=1, overrides=SMALL)
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A demo as it is shipped but for its size: the folder, and the summary that was returned. Read-only."""
+    out = tmp_path_factory.mktemp("first") / "demo"
+    return out, demo(out, seed=1, overrides=SMALL).summary
+
+
+@pytest.fixture
+def labelled(first: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives demos what the first one labelled, which is the same for all methods and seeds."""
+
+    def copied(folder: Path) -> Path:
+        shutil.copytree(first[0] / "data", folder)
+        return folder / "pairs"
+
+    monkeypatch.setattr(module, "label_candidates", copied)
+
+
+def test_demo_shows_base_aligned_and_control(first: tuple[Path, dict[str, Any]]) -> None:
+    out, returned = first
     summary = json.loads((out / "summary.json").read_text())
-    assert result.summary == summary
+    assert returned == summary
     assert summary["seed"] == 1
     assert summary["evaluation"]["models"] == ["base", "aligned", "control"]
     roles = {name: values["role"] for name, values in summary["evaluation"]["rewards"].items()}
@@ -34,6 +52,7 @@ def test_demo_shows_base_aligned_and_control(tmp_path: Path) -> None:
     assert "https://" not in page.replace("https://www.w3.org", "")
 
 
+@pytest.mark.usefixtures("labelled")
 def test_an_earlier_demo_is_moved_aside(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     (out / "data").mkdir(parents=True)
@@ -43,24 +62,10 @@ def test_an_earlier_demo_is_moved_aside(tmp_path: Path) -> None:
     assert (out / "report.html").is_file()
 
 
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What every demo labels first: the same for all methods, so made once."""
-    folder = tmp_path_factory.mktemp("labelled") / "data"
-    label_candidates(folder)
-    return folder
-
-
-@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.usefixtures("fresh_accelerate", "labelled")
 @pytest.mark.parametrize("method", ["rank_dpo", "inpo", "diffusion_sft"])
-def test_any_method_has_a_demo(method: str, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_method_has_a_demo(method: str, tmp_path: Path) -> None:
     """On lists, under a short name, and the control itself."""
-
-    def copied(folder: Path) -> Path:
-        shutil.copytree(labelled, folder)
-        return folder / "pairs"
-
-    monkeypatch.setattr(module, "label_candidates", copied)
     out = tmp_path / "demo"
     small = ["optim.steps=2", "optim.warmup_steps=0", "optim.batch_size=2", "evaluate.max_prompts=2", "evaluate.steps=2"]
     summary = demo(out, method=method, overrides=small).summary
