@@ -61,16 +61,17 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(data) + how.get("lie", 0)))
         self.end_headers()
+        whole = how.get("status", 200) == 200 and not how.get("lie") and not how.get("drip")
+        with self.server.lock:  # before the bytes leave: a test looks as soon as it has them
+            self.server.paid[report] += whole
         try:
             for piece in [data] if not how.get("drip") else [data[:1], data[1:2], data[2:3]]:
                 self.wfile.write(piece)
                 self.wfile.flush()
                 time.sleep(how.get("drip", 0))
         except OSError:
-            return
-        if how.get("status", 200) == 200 and not how.get("lie") and not how.get("drip"):
             with self.server.lock:
-                self.server.paid[report] += 1
+                self.server.paid[report] -= whole
 
     def log_message(self, format: str, *args: Any) -> None:
         """Quiet."""
