@@ -44,8 +44,9 @@ $(VENV)/.installed-test: setup.cfg constraints.txt | $(VENV)/bin/python
 demo: $(RUNTIME)  ## align the embedded model, compare it with its base, write runs/demo/report.html (about 4 minutes)
 	$(PYTHON) -m mmalign demo --out runs/demo
 
+# A worker takes whole files, whose fixtures are shared, in the order that tests/conftest.py gives them.
 test: $(TESTING)  ## the whole test suite
-	$(ONE_THREAD) $(PYTHON) -m pytest -n $(TEST_WORKERS) --dist loadfile
+	$(ONE_THREAD) $(PYTHON) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(TESTING)  ## ruff and mypy
 	$(PYTHON) -m ruff check .
