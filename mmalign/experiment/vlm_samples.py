@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from torch import nn
 
 from mmalign import assets
-from mmalign.branches import BranchRecord
+from mmalign.branches import BranchRecord, VideoRef
 from mmalign.data.files import write_text
 from mmalign.data.vlm import open_vlm
 from mmalign.data.vlm_rows import RowProblem
@@ -23,9 +25,13 @@ from mmalign.errors import ConfigError, DataError, ModelError
 from mmalign.experiment.settings import ExperimentConfig
 from mmalign.media import MediaError, decode_image, image_kind, read_bytes
 from mmalign.models.vlm.base import VlmFamily
+from mmalign.models.vlm.errors import VlmDataError
+from mmalign.models.vlm.media import open_media
 from mmalign.types import ImageRef
 
 MEDIA = "samples/media"
+FRAMES = "-frames.png"
+"""How the file of a clip's frames ends."""
 
 
 def question_table(source: str) -> Path:
@@ -99,20 +105,20 @@ class AnswerSamples:
         write_text(folder / "answers.txt", "\n".join(texts))
 
     def pictures(self, record: BranchRecord) -> list[str]:
-        """Copies of the record's pictures in the run folder, relative to it; a clip's first frame where it has frames."""
+        """Copies of the record's pictures in the run folder, relative to it; of a clip, frames in the order the model sees."""
         found = []
+        safe = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in record.id)
         for number, item in enumerate(record.media):
-            ref = item if isinstance(item, ImageRef) else next(iter(item.frames), None)
-            if ref is None:
+            if not isinstance(item, ImageRef):
+                found += self._frames(record.id, item, f"{MEDIA}/{safe}-{number}{FRAMES}")
                 continue
             try:
-                data, _ = read_bytes(ref)
+                data, _ = read_bytes(item)
                 if image_kind(data) is None:  # a radiograph as DICOM, which browsers do not show
                     data = _png(decode_image(data).image)
             except MediaError:
                 continue  # the answer was given, so the picture was there a moment ago; the page shows the rest
             kind = image_kind(data)
-            safe = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in record.id)
             relative = f"{MEDIA}/{safe}-{number}.{kind.pillow.lower() if kind else 'bin'}"
             path = self.config.folder / relative
             if not path.exists():
@@ -120,6 +126,36 @@ class AnswerSamples:
                 path.write_bytes(data)
             found.append(relative)
         return found
+
+
+    def _frames(self, record: str, clip: VideoRef, relative: str) -> list[str]:
+        """A sheet of frames of a clip, written once; none where it cannot be read any more."""
+        path, settings = self.config.folder / relative, self.family.config
+        if not path.exists():
+            try:
+                opened = open_media(
+                    record, clip, fps=settings.video_fps, max_frames=settings.max_frames, read_clip=self.family.read_clip
+                )
+            except (MediaError, VlmDataError):
+                return []
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(_png(frame_sheet(opened.frames)))  # type: ignore[union-attr]
+        return [relative]
+
+
+def frame_sheet(frames: np.ndarray) -> Image.Image:
+    """At most eight frames ``[T, H, W, 3]`` uint8, evenly over the clip, four a row; small ones enlarged in whole steps."""
+    count = min(len(frames), 8)
+    chosen = [frames[index * len(frames) // count] for index in range(count)]
+    height, width = chosen[0].shape[:2]
+    scale, gap = max(1, 96 // width), 4
+    width, height, columns = width * scale, height * scale, min(count, 4)
+    rows = -(-count // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for index, frame in enumerate(chosen):
+        picture = Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(picture, ((index % columns) * (width + gap), (index // columns) * (height + gap)))
+    return sheet
 
 
 def _png(picture: Any) -> bytes:

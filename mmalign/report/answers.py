@@ -35,6 +35,8 @@ PICTURES = 4
 """Pictures shown of one question."""
 SIDE = 220
 """Longer side of a picture, in pixels."""
+SHEET = 440
+"""The same of a clip's frames."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +116,7 @@ def pictures_of(folder: Path, row: Mapping[str, Any], problems: list[str]) -> tu
             continue
         try:
             with Image.open(path) as image:
-                source, (width, height) = embed(image.convert("RGB"), SIDE)
+                source, (width, height) = embed(image.convert("RGB"), SHEET if path.name.endswith("-frames.png") else SIDE)
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             problems.append(f"{name} cannot be shown: {error}")
             continue

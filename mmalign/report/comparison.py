@@ -12,6 +12,7 @@ from mmalign.report.figures import BASE, Comparison
 from mmalign.report.pictures import embed
 from mmalign.report.results import ROLES
 from mmalign.report.section import Section
+from mmalign.report.warnings import FEW_PROMPTS
 from mmalign.statistics import Interval
 
 SHOWN = 10
@@ -93,11 +94,13 @@ def headline(compared: Compared) -> tuple[str, str]:
     if found.includes(0):
         told = f"No method was shown to beat the base by {reward}; the largest gain, of {best.name}, is "
         told += words.signed_interval(found)
+    few = f" Only {words.count(found.prompts, 'prompt')}: below {FEW_PROMPTS} the interval itself is unreliable."
+    few = few if found.prompts < FEW_PROMPTS else ""
     if len(ordered) == 1:
-        return f"{told}.", ""
+        return f"{told}.", few.strip()
     lead = best.against[reward][ordered[1].name].difference
     apart = "which proves no lead" if lead.includes(0) else "a lead that the interval bears out"
-    return f"{told}.", f"That is {words.signed_interval(lead)} ahead of {ordered[1].name}, {apart}."
+    return f"{told}.", f"That is {words.signed_interval(lead)} ahead of {ordered[1].name}, {apart}.{few}"
 
 
 def _hero(compared: Compared) -> Section:

@@ -55,7 +55,8 @@ def collect(
     seen, refused = summary.get("samples_seen"), summary.get("samples_quarantined")
     found = [interrupted(summary), non_finite_metrics(metrics)]
     if evaluation is not None:
-        found += [over_optimisation(evaluation), control_as_good(evaluation), non_finite_scores(evaluation)]
+        found += [over_optimisation(evaluation), control_as_good(evaluation)]
+        found.append(non_finite_scores(evaluation, "answer" if "answers" in summary else "picture"))
     found += [likelihood_displacement(metrics), margin_saturation(metrics), gradient_vanished(metrics)]
     found += [length_exploitation(summary), chosen_answers_fall(metrics)]
     if evaluation is not None:
@@ -279,10 +280,10 @@ def non_finite_metrics(metrics: Metrics) -> Finding | None:
     )
 
 
-def non_finite_scores(evaluation: EvaluationFigures) -> Finding | None:
-    """Evaluation pictures that a reward could not score."""
+def non_finite_scores(evaluation: EvaluationFigures, noun: str = "picture") -> Finding | None:
+    """Pictures or answers of an evaluation that a reward could not score."""
     parts = [
-        f"{reward.name} on {words.count(times, 'picture')} of {model}"
+        f"{reward.name} on {words.count(times, noun)} of {model}"
         for reward in evaluation.rewards
         for model, times in reward.excluded.items()
         if times
@@ -291,7 +292,7 @@ def non_finite_scores(evaluation: EvaluationFigures) -> Finding | None:
         return None
     return Finding(
         name="non_finite_scores",
-        title="Pictures without a score",
+        title=f"{noun.capitalize()}s without a score",
         text=f"No finite score came from {'; '.join(parts)}. They are left out of every figure, not counted as losses.",
     )
 

@@ -70,7 +70,8 @@ def with_interval(interval: Interval) -> tuple[str, str]:
     width = interval.high - interval.low
     if not interval.known or width <= 0:
         return number(interval.mean, signed=True), ""
-    decimals = 1 - math.floor(math.log10(width))
+    largest = max(abs(interval.low), abs(interval.high))
+    decimals = min(1 - math.floor(math.log10(width)), 3 - math.floor(math.log10(largest)))  # four digits are enough
     if decimals > 6:
         parts = [number(value, signed=True) for value in (interval.mean, interval.low, interval.high)]
     else:

@@ -25,6 +25,14 @@ def test_percent(value: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [(0.64, 0.78, "64–78 %"), (0.935, 0.994, "93.5–99.4 %"), (0.98, 1.0, "98–100 %"), (0.0, 0.004, "0–0.4 %")],
+)
+def test_both_ends_of_a_range_have_as_many_decimals(low: float, high: float, text: str) -> None:
+    assert words.percent_range(interval(low, 0.5, high)).replace(words.NBSP, " ") == text
+
+
+@pytest.mark.parametrize(
     ("value", "text"),
     [
         (0.49, "0.490"),
@@ -44,6 +52,7 @@ def test_a_difference_is_rounded_to_what_its_interval_supports() -> None:
     assert words.signed_interval(interval(0.0843, 0.161, 0.239)) == "+0.16 (+0.08 to +0.24)"
     assert words.signed_interval(interval(-25.2, 3.04, 31.0)) == "+3 (−25 to +31)"
     assert words.signed_interval(interval(0.0, 0.0, 0.0)) == "0"
+    assert words.signed_interval(interval(0.0443, 0.04434, 0.04438)) == "+0.04434 (+0.04430 to +0.04438)"
     assert words.signed_interval(interval(-0.3, -0.01, 0.3)) == "−0.01 (−0.30 to +0.30)"
 
 
