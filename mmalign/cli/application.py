@@ -9,10 +9,10 @@ import sys
 from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from mmalign import __version__
 from mmalign.cli import experiments, listing
+from mmalign.cli.groups import CommandGroup
 from mmalign.cli.hints import setting_hint
 from mmalign.cli.outcome import DEBUG_VARIABLE, conclude
 
@@ -37,7 +37,7 @@ Exit codes: 0 done; 2 something you can mend; 3 done, but some rows failed;
 """
 
 
-class Root(TyperGroup):
+class Root(CommandGroup):
     """Gives every command the same endings, and takes ``--debug`` before or after the command."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mmalign.cli.engine import Engine, Gpus, Shard
+from mmalign.cli.groups import CommandGroup
 
 if TYPE_CHECKING:
     from mmalign.data.tables import PairTable
@@ -16,6 +17,7 @@ ROWS_FAILED = 3
 
 commands = typer.Typer(
     name="data",
+    cls=CommandGroup,
     help="Bring preference data in, check it, look at it, make pairs, fill caches.",
     no_args_is_help=True,
     rich_markup_mode=None,

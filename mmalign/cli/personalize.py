@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from mmalign.cli.groups import CommandGroup
+
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run with personalized_dpo.")]
 Pairs = Annotated[
     Path | None,
@@ -19,7 +21,7 @@ def register(app: typer.Typer) -> None:
     app.command()(personalize)
     users = typer.Typer(
         name="users", no_args_is_help=True, help="The people a personalised run knows: list, add, remove, export.",
-        rich_markup_mode=None,
+        rich_markup_mode=None, cls=CommandGroup,
     )  # fmt: skip
     for command in (list_users, add, remove, export):
         users.command("list" if command is list_users else None)(command)

@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from mmalign.cli import pal
+from mmalign.cli.groups import CommandGroup
 from mmalign.cli.naming import by_name
 
 
 def register(app: typer.Typer) -> None:
     """Add the command group."""
-    group = typer.Typer(help="Rewards: list, cards, weights, server.", no_args_is_help=True)
+    group = typer.Typer(help="Rewards: list, cards, weights, server.", no_args_is_help=True, cls=CommandGroup)
     group.command("list")(list_rewards)
     group.command("show")(show)
     group.command("fetch")(fetch)

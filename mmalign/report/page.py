@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mmalign import __version__
-from mmalign.report import answers, files, people, pictures, provenance, reports, results, training
+from mmalign.report import answers, files, learnt_mask, people, pictures, provenance, reports, results, training
 from mmalign.report.folder import RunData, read_run
 from mmalign.report.section import Section
 
@@ -14,6 +14,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 SECTIONS: tuple[Callable[[RunData], Section], ...] = (
     results.findings,
     people.people,
+    learnt_mask.learnt_mask,
     pictures.before_after,
     reports.reports,
     answers.answers,
@@ -50,7 +51,7 @@ def build_report(run: Path | str) -> Path:
 def render(run: RunData) -> str:
     """The page as text. Everything that comes from the run is escaped."""
     sections = [section for build in SECTIONS for section in [build(run)] if _worth_showing(run, section)]
-    return render_page(results.hero(run, people.headline(run)), sections)
+    return render_page(results.hero(run, _claim(run)), sections)
 
 
 def render_page(hero: Section, sections: Sequence[Section]) -> str:
@@ -69,6 +70,15 @@ def render_page(hero: Section, sections: Sequence[Section]) -> str:
     )
 
 
+def _claim(run: RunData) -> tuple[str, str]:
+    """Headline and lede of runs whose outcome is no comparison of pictures or answers with the base."""
+    if told := people.headline(run):
+        return told, "Everybody's own stated taste is the judge, on held-out prompts from equal noise; intervals are below."
+    if told := learnt_mask.headline(run):
+        return told, "What that prevents and costs shows in fine-tuning under it: mmalign evaluate-guard (docs/freezing.md)."
+    return "", ""
+
+
 def _worth_showing(run: RunData, section: Section) -> bool:
     """A page without warnings needs no empty box of warnings; pictures from noise belong to runs that make pictures, answers
     to runs that answer. Every other section says what is missing."""
@@ -76,6 +86,10 @@ def _worth_showing(run: RunData, section: Section) -> bool:
         return people.is_personal(run) or not section.missing
     if section.id in ("pictures", "rewards") and section.missing and people.headline(run):
         return False  # compared person by person
+    if section.id == "mask":
+        return learnt_mask.makes_mask(run)
+    if section.id in ("pictures", "rewards", "timeline") and learnt_mask.makes_mask(run):
+        return False
     if section.id in ("answers", "pictures", "timeline") and section.missing:
         return section.id == "answers" if run.answers else section.id != "answers"
     if section.id == "reports":

@@ -20,7 +20,7 @@ SHEETS_SHOWN = 8
 
 def is_personal(run: RunData) -> bool:
     """Whether the run trained for users."""
-    return isinstance(method := run.config.get("method"), dict) and "users" in method
+    return isinstance(method := run.config.get("method"), dict) and isinstance(method.get("users"), dict)
 
 
 def people(run: RunData) -> Section:

@@ -40,15 +40,19 @@ def tone(model: str) -> str:
     return TONES.get(model, "t3")
 
 
-def hero(run: RunData, personal: str = "") -> Section:
-    """The claim in one sentence, who judged, and the run in key figures. `personal`: the claim of a run compared by person."""
+def hero(run: RunData, claim: tuple[str, str] = ("", "")) -> Section:
+    """The claim in one sentence, who judged, and the run in key figures.
+
+    Args:
+        claim: headline and what to say under it, of a run that is not compared picture by picture with its base.
+    """
     figures = run.evaluation
     reward = figures.headline() if figures is not None else None
     rate = reward.against_base[ALIGNED].win_rate if reward is not None else None
-    personal = personal if reward is None else ""
+    told, under = claim if reward is None else ("", "")
     values = {
-        "headline": personal or words.headline(figures),
-        "personal": bool(personal),
+        "headline": told or words.headline(figures),
+        "under": under,
         "verdict": words.verdict(rate) if rate is not None else "none",
         "judge": _judge(reward),
         "others": _others(figures, reward),

@@ -83,6 +83,8 @@ ABOUT = {
     "reward_chosen": "implicit reward of the chosen side", "reward_rejected": "implicit reward of the rejected side",
     "reward_margin": "implicit reward, chosen minus rejected", "stage": "which stage of the curriculum, from 0",
     "mask_softness": "mean of m (1 - m) over the mask; 0 is a decided mask, 0.25 none",
+    "illegal_loss": "of the illegal user on the masked model", "innocent_loss": "of the innocent user on the masked model",
+    "gold_nll": "loss of the gold answer a token",
     "mask_zero": "share of token weights at zero",
 }  # fmt: skip
 """What further columns mean, where they have no chart of their own."""

@@ -53,6 +53,12 @@ def test_every_command_explains_itself(command: str) -> None:
     assert len(rest.lstrip("\n").splitlines()[0]) > len("  A sentence."), "the first line says what it does"
 
 
+@pytest.mark.parametrize("group", [[], ["data"], ["rewards"], ["users"]])
+def test_lists_of_commands_cut_no_sentence_off(group: list[str]) -> None:
+    listed = CliRunner().invoke(app, [*group, "--help"]).stdout.split("Commands:\n")[1].split("\n\n")[0]
+    assert "..." not in listed and listed.rstrip().endswith(".")
+
+
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     code = (
         "import sys\nfrom mmalign.cli import app\n"

@@ -83,6 +83,10 @@ def test_the_demo_of_a_mask_learns_one(tmp_path: Path, capsys: pytest.CaptureFix
     small = ["optim.steps=2", "optim.batch_size=2", "method.user_steps=1", "method.episode=2"]
     result = demo(tmp_path / "mask", method="freeze_as_guard", overrides=small)
     assert (tmp_path / "mask" / "export" / "freeze_mask.json").is_file() and (tmp_path / "mask" / "report.html").is_file()
+    page = (tmp_path / "mask" / "report.html").read_text(encoding="utf-8")
+    assert "The mask freezes 30\u00a0% of the tensors" in page and "By kind of layer" in page and "By block" in page
+    for other in ("no evaluation against the base", "Person by person", "holds no evaluation", "Before and after"):
+        assert other not in page
     assert result.summary["steps"] == 2 and "evaluate-guard" in capsys.readouterr().out
 
 
