@@ -34,14 +34,14 @@ class WindowMeans:
             self.weights[name] = self.weights[name] + amount if name in self.weights else amount
 
     def reduce(self, accelerator: Any) -> dict[str, float]:
-        """Means over all processes, as numbers; empties the window."""
+        """Means over all processes, as numbers, of what any row counted for; empties the window."""
         names = list(self.sums)
         if not names:
             return {}
         both = torch.stack([torch.stack([self.sums[name], self.weights[name]]) for name in names])
         both = accelerator.reduce(both, "sum").cpu()
         self.sums, self.weights = {}, {}
-        return {name: float(row[0] / row[1]) for name, row in zip(names, both, strict=True)}
+        return {name: float(row[0] / row[1]) for name, row in zip(names, both, strict=True) if row[1] != 0}
 
     def state_dict(self) -> dict[str, Any]:
         return {"sums": dict(self.sums), "weights": dict(self.weights)}

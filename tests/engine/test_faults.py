@@ -107,7 +107,7 @@ def test_a_step_of_which_no_row_could_be_read_moves_nothing(tmp_path: Path) -> N
 
     run.fit(masked=lambda step: 4 * (step == 2), some_masked=told.append, progress=look)
     assert told == [3] and run.loop.step == 6 and before
-    assert [line["loss"] is None for line in run.lines()] == [False, False, True, False, False, False]
+    assert ["loss" in line for line in run.lines()] == [True, True, False, True, True, True]
     assert any(not torch.equal(before[name], value) for name, value in run.weights().items())
 
 

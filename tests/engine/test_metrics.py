@@ -27,6 +27,14 @@ def test_means_are_weighted_by_rows_and_the_window_empties() -> None:
     assert found.reduce(accelerator) == {"loss": 5.0}
 
 
+def test_what_no_row_counted_for_has_no_mean() -> None:
+    window, one = WindowMeans(), torch.tensor(1.0)
+    window.add({"loss": torch.tensor(0.0), "other": torch.tensor(0.0)}, torch.tensor(0.0))
+    window.add({"other": torch.tensor(float("nan"))}, one)
+    found = window.reduce(Accelerator(cpu=True))
+    assert list(found) == ["other"] and found["other"] != found["other"], "a value that is not finite is not hidden"
+
+
 def test_a_window_survives_a_checkpoint() -> None:
     accelerator, again = Accelerator(cpu=True), WindowMeans()
     again.load_state_dict(window().state_dict(), torch.device("cpu"))

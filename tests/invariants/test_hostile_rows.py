@@ -169,7 +169,7 @@ def test_bad_rows_count_nowhere(
         seen += ids
         on_rank |= {place // batch % world for place in masked}
         if expected is None:
-            assert line["loss"] is None, "no row of the step could be read: nothing moves, and there is no loss"
+            assert "loss" not in line, "no row of the step could be read: nothing moves, and there is no loss"
             continue
         loss, gradient = expected
         assert line["loss"] == pytest.approx(loss, rel=1e-5)
