@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import torch
 
 from mmalign.engine.checkpoint import find_checkpoints, read_checkpoint
 from mmalign.errors import ModelError
+from tests import forks
 from tests.engine.test_plain import same
 from tests.engine.toy import Session, Toy, ToyStream, session
 
@@ -152,33 +150,27 @@ def test_what_a_checkpoint_holds(tmp_path: Path) -> None:
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
 
 
+def job(folder: str) -> None:
+    """Slow steps; what they came to is told in a file."""
+    result = start(Path(folder)).fit(progress=lambda step, values: time.sleep(0.2))
+    Path(folder, "told").write_text(f"interrupted {result.interrupted} after {result.step}")
+
+
 def test_a_terminated_process_leaves_a_checkpoint_that_goes_on(tmp_path: Path, straight: dict[str, object]) -> None:
     """A real process that gets a real SIGTERM in the middle of its steps, as a scheduler ends a job."""
-    script = """
-        import sys, time
-        from pathlib import Path
-        from tests.engine.test_resume import start
-
-        run = start(Path(sys.argv[1]))
-        result = run.fit(progress=lambda step, values: time.sleep(0.2))
-        print("interrupted", result.interrupted, "after", result.step)
-    """
     folder = tmp_path / "job"
     folder.mkdir()
-    root = Path(__file__).resolve().parents[2]
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script), str(folder)], stdout=subprocess.PIPE, text=True, cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    process = forks.start(job, str(folder))
     try:
         deadline = time.monotonic() + 60
-        while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline and process.poll() is None:
+        while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline and process.exitcode is None:
             time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=30)
+        process.terminate()
+        process.join(timeout=30)
     finally:
         process.kill()
-    assert process.returncode == 0 and out.startswith("interrupted True after "), out
+    out = (folder / "told").read_text()
+    assert process.exitcode == 0 and out.startswith("interrupted True after "), out
     (newest,) = find_checkpoints(folder / "checkpoints")
     assert newest.name == f"step-{int(out.split()[-1]):08d}" and int(out.split()[-1]) < 11
     again = go_on(folder)

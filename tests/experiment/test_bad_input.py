@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 from mmalign.cli import app
-from tests.invariants.conftest import CONFIG, run_command, settings, write_pairs
+from mmalign.cli.application import main
+from tests.forks import start
+from tests.invariants.conftest import CONFIG, settings, write_pairs
 
 
 @pytest.fixture
@@ -24,12 +28,6 @@ def refused(*arguments: str, says: tuple[str, ...]) -> str:
     """Give the command line words that it must refuse, in this process; returns its message."""
     done = CliRunner().invoke(app, list(arguments))
     return message_of(done.exit_code, done.stdout, done.stderr, says)
-
-
-def refused_process(*arguments: str, says: tuple[str, ...], **options: object) -> str:
-    """The same in a process of its own, which takes seconds to import what it needs."""
-    done = run_command(*arguments, **options)
-    return message_of(done.returncode, done.stdout, done.stderr, says)
 
 
 def message_of(code: int, stdout: str, stderr: str, says: tuple[str, ...]) -> str:
@@ -96,17 +94,24 @@ def test_a_loss_that_is_not_finite(own_pairs: Path, tmp_path: Path) -> None:
     assert saved[-1].name in message
 
 
+def on_a_full_disk(arguments: list[str], told: str) -> None:
+    """The command in a process that may write no file of more than 200 kB; what it says goes to a file."""
+    with open(told, "w") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    sys.argv = ["mmalign", *arguments]
+    main()
+
+
 def test_full_disk_while_saving(own_pairs: Path, tmp_path: Path, train: Callable[..., Path]) -> None:
     out = tmp_path / "run"
     # Build the caches first, so that only the checkpoint is too large for the limit.
     train(tmp_path / "warm", pairs=own_pairs, optim__steps=1)
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-
-    refused_process(
-        "train", CONFIG, *settings(own_pairs, out), says=("cannot write", "step-00000002", "Free space"), preexec_fn=limit
-    )
+    told = tmp_path / "told"
+    process = start(on_a_full_disk, ["train", CONFIG, *settings(own_pairs, out)], str(told))
+    process.join()
+    assert process.exitcode is not None
+    message_of(process.exitcode, "", told.read_text(), ("cannot write", "step-00000002", "Free space"))
     assert list((out / "checkpoints").iterdir()) == []
 
 
