@@ -100,6 +100,8 @@ def sample_pairs(
     The score is the F1 of the objects named (``CaptionCheck.f1``), less a hundredth for each object in a wrong place, so that of
     two equally complete descriptions the better placed one is chosen. Pictures whose descriptions all score alike give no pair.
 
+    Beside the pairs it writes ``lists.jsonl``: all answers of the same pictures with their scores, for methods on lists.
+
     Returns:
         ``pairs.jsonl`` in the folder, and figures about it.
     """
@@ -111,7 +113,7 @@ def sample_pairs(
         network, [family.encode(record, training=False) for record in records], max_new_tokens=MAX_NEW_TOKENS,
         temperature=1.0, seed=seed, samples=samples, batch_size=TOGETHER,
     )  # fmt: skip
-    rows, checks = [], []
+    rows, lists, checks = [], list[dict[str, Any]](), []
     for record, texts in zip(records, told, strict=True):
         scene = parse_key(record.meta["scene"])
         found = [check_caption(text, scene) for text in texts]
@@ -122,10 +124,12 @@ def sample_pairs(
             continue
         question = "".join(part.text or "" for part in record.messages[-1].parts)
         path = record.media[0].path  # type: ignore[union-attr]
+        shared = {"id": record.id, "prompt": prompt(question), "images": [f"pictures/{Path(str(path)).name}"]}
+        lists.append({**shared, "answers": [reply(text) for text in texts], "scores": {"f1": scores}})
         rows.append(
-            {"id": record.id, "prompt": prompt(question), "chosen": reply(texts[best]), "rejected": reply(texts[worst]),
+            {**shared, "chosen": reply(texts[best]), "rejected": reply(texts[worst]),
              "reference": describe(scene.items, scene.background, "there"),
-             "images": [f"pictures/{Path(str(path)).name}"], "scores": {"f1": [scores[best], scores[worst]]},
+             "scores": {"f1": [scores[best], scores[worst]]},
              "meta": {"scene": scene.key, "samples": samples, "seed": seed}}
         )  # fmt: skip
     figures = {
@@ -133,6 +137,7 @@ def sample_pairs(
         "sampled_chair_s": rates(checks).chair_s, "sampled_chair_i": rates(checks).chair_i,
         "chosen_words": _words(rows, "chosen"), "rejected_words": _words(rows, "rejected"),
     }  # fmt: skip
+    write_rows(folder / "lists.jsonl", lists)
     return write_rows(folder / "pairs.jsonl", rows), figures
 
 
@@ -186,13 +191,16 @@ def demo_answers(folder: Path, experiment: Path, *, seed: int, overrides: Sequen
     from mmalign.experiment.running import RunResult, train_experiment
     from mmalign.experiment.settings import load_experiment
     from mmalign.report import build_report
+    from mmalign.trainers import METHODS
 
     boards = folder / "data"
     prepare_boards(boards, seed=seed)
     tables = boards / "train" / "pairs.jsonl", boards / "held_out" / "descriptions.jsonl"
     given = [f"data.manifest={tables[0]}", f"evaluate.prompts={tables[1]}"]
     given += [f"model.path={assets.path(MODEL)}", f"run.seed={seed}", *overrides, f"run.out={folder}"]
-    main = load_experiment(experiment, given)
+    method = load_experiment(experiment, given).config.method_name
+    listed = [f"data.manifest={boards / 'train' / 'lists.jsonl'}"] if METHODS.get(method).batches == "vlm_lists" else []
+    main = load_experiment(experiment, [*given, *listed])
     base = load_any(main.config, _device(main.config.run.device))
     print(f"{PICTURES} boards, {SAMPLES} descriptions of each by {MODEL}")
     _, pairs = sample_pairs(base, base.network, boards / "train", seed=seed)

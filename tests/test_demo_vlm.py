@@ -127,5 +127,16 @@ def test_the_demo_compares_base_aligned_and_control(tmp_path: Path, monkeypatch:
     }
     assert result.summary == summary and summary["seed"] == 1
     page = (out / "report.html").read_text()
-    assert "Hallucination" in page and "https://" not in page.replace("https://www.w3.org", "")
+    assert "What is named and not there" in page and "https://" not in page.replace("https://www.w3.org", "")
     assert (out / "export" / "adapter_model.safetensors").is_file()
+
+
+def test_methods_on_lists_read_all_answers_of_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = demo_vlm.prepare_boards
+    small = {"pictures": 12, "held_out": 4, "questions": 4}
+    monkeypatch.setattr(demo_vlm, "prepare_boards", lambda folder, *, seed: real(folder, seed=seed, **small))
+    out = tmp_path / "demo"
+    demo(out, "vlm_list", seed=1, overrides=["optim.steps=1", "optim.batch_size=2", "evaluate.every=0"])
+    rows = [json.loads(line) for line in (out / "data" / "train" / "lists.jsonl").read_text().splitlines()]
+    assert rows and all(len(row["answers"]) == len(row["scores"]["f1"]) == 4 for row in rows)
+    assert json.loads((out / "summary.json").read_text())["method"] == "vlm_list"

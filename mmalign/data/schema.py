@@ -41,7 +41,11 @@ def check_columns(
             near = difflib.get_close_matches(name, extra, n=1, cutoff=0.5)
             hint = f"; is it the column '{near[0]}'?" if near else f" (columns: {', '.join(columns) or 'none'})"
             problems.append(f"column '{name}' is missing{hint}")
-    if len(problems) > 1:
+    if problems and "images" in columns and "images" not in optional and "chosen" in required:
+        problems = ["it is a table of ranked lists; methods on lists read it, and 'mmalign data pairs' makes pairs of it"]
+    elif problems and "images" in required and {"chosen", "rejected"} <= set(columns):
+        problems = ["it is a table of pairs; a method on lists needs several pictures a prompt with scores (docs/data.md)"]
+    elif len(problems) > 1:
         problems.append("'mmalign data import' turns tables of other layouts into one that training reads")
     absent = [name for name in known if name not in columns]
     for name in extra:

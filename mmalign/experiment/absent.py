@@ -7,7 +7,11 @@ import os
 from pathlib import Path, PurePath
 
 from mmalign.data.remote import is_remote
+from mmalign.errors import RewardError
 from mmalign.experiment.settings import ExperimentConfig
+from mmalign.rewards import card
+
+ORACLE = "oracle"
 
 MADE_BY = {
     "runs/demo": "mmalign demo --method {method}",
@@ -32,6 +36,21 @@ def absent_model(path: str) -> list[str]:
     if Path(path).exists() or may_be_id:
         return []
     return [f"model.path: no folder '{path}'{_nearest(path)}, and a hub id has the form owner/name"]
+
+
+def unknown_rewards(config: ExperimentConfig) -> list[str]:
+    """Rewards of an evaluation of pictures that nobody knows; sums of several are taken as they are."""
+    if config.on_answers:
+        return []  # judges of answers are tried by the check of those
+    problems = []
+    for key in ("rewards", "holdout"):
+        for name in getattr(config.evaluate, key):
+            try:
+                if name != ORACLE and not set(name) & set("*+, "):
+                    card(name)
+            except RewardError as error:
+                problems.append(f"evaluate.{key}: {error}; see 'mmalign rewards list'")
+    return problems
 
 
 def _remedy(path: str, method: str) -> str:

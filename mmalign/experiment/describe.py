@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.errors import ConfigError, DataError, ModelError
-from mmalign.experiment.absent import absent_model, absent_tables
+from mmalign.experiment.absent import absent_model, absent_tables, unknown_rewards
 from mmalign.experiment.prompts import read_prompts
 from mmalign.experiment.settings import Experiment, ExperimentConfig, LoraConfig, UserTuningConfig, load_experiment
 from mmalign.experiment.trackers import require_trackers
 from mmalign.experiment.users import adapter_settings, names_of, users_of
 from mmalign.models.diffusion import FAMILIES
 from mmalign.models.diffusion.base import DTYPES, FamilyConfig
-from mmalign.models.diffusion.folder import FolderFamily
+from mmalign.models.diffusion.folder import PIPELINES, FolderFamily
 from mmalign.models.users.adapter import size_of
 from mmalign.trainers import METHODS
 
@@ -79,7 +79,21 @@ def _files(config: ExperimentConfig) -> list[str]:
             read_prompts(config.evaluate.prompts)
         except ConfigError as error:
             problems += error.problems
+    problems += unknown_rewards(config) + _other_family(config)
     return problems + absent_model(config.model.model_dump()["path"])
+
+
+def _other_family(config: ExperimentConfig) -> list[str]:
+    """A local folder that says that it belongs to another family."""
+    path = config.model.model_dump()["path"]
+    try:
+        index = json.loads((Path(path) / "model_index.json").read_text(encoding="utf-8"))
+        family = PIPELINES.get(str(index["_class_name"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    if family is None or family == config.model_name or config.model_name not in PIPELINES.values():
+        return []
+    return [f"model.name: {path} holds a model of another family; use model.name: {family}"]
 
 
 def _scores(config: ExperimentConfig, held: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from mmalign.engine.checkpoint import find_checkpoints, load_trainable, read_checkpoint
 from mmalign.errors import ConfigError
+from mmalign.experiment.absent import ORACLE
 from mmalign.experiment.assembly import load_family, tune
 from mmalign.experiment.freezing import verify_held
 from mmalign.experiment.prompts import read_prompts
@@ -21,7 +22,6 @@ from mmalign.experiment.settings import ExperimentConfig, LoraConfig, load_exper
 if TYPE_CHECKING:
     from mmalign.evaluation import RewardSpec
 
-ORACLE = "oracle"
 
 
 @dataclass(kw_only=True)

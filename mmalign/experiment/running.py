@@ -13,7 +13,7 @@ from mmalign.config import dump_yaml
 from mmalign.data.transfer import on_device
 from mmalign.engine.loop import Callbacks, FitResult, Loop
 from mmalign.errors import ConfigError, ModelError
-from mmalign.experiment.absent import absent_model, absent_tables
+from mmalign.experiment.absent import absent_model, absent_tables, unknown_rewards
 from mmalign.experiment.assembly import Assembled, assemble
 from mmalign.experiment.folder import environment, prepare_folder, write_json, write_text
 from mmalign.experiment.freezing import verify_held, write_mask
@@ -69,7 +69,7 @@ def train_experiment(
     from accelerate.utils import set_seed
 
     config = experiment.config
-    if absent := absent_tables(config) + absent_model(config.model.model_dump()["path"]):
+    if absent := absent_tables(config) + absent_model(config.model.model_dump()["path"]) + unknown_rewards(config):
         raise ConfigError(absent, experiment.source)
     require_trackers(config)
     accelerator = _accelerator(config)

@@ -104,6 +104,7 @@ def test_fingerprint_follows_content_not_place(tmp_path: Path) -> None:
         ([ROW, "[1]"], "line 2: expected an object, got list"),
         (['{"id": "a", "id": "b"}'], "line 1: not valid JSON: the key 'id' appears twice"),
         ([], "no rows in it"),
+        ([{"id": "a", "prompt": "x", "images": ["a.png", "b.png"]}], "'mmalign data pairs' makes pairs of it"),
         ([{"id": "a", "image": "x.png"}], "'mmalign data import' turns tables of other layouts"),
         ([{"id": "a", "prompt": [{"role": "user", "content": "x"}], "chosen": [], "rejected": []}], "it is a table of answers"),
     ],

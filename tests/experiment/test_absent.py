@@ -25,6 +25,8 @@ TINY = ROOT / "configs" / "tiny"
         ("vlm_list", [], ["'mmalign generate configs/generate/tiny_candidates.yaml' makes it"]),
         ("diffusion_dpo", ["data.manifest=data/mien"], ["'data/mien'", "did you mean 'data/mine'?", "'mmalign data import'"]),
         ("diffusion_dpo", ["data.manifest=data/mine", "data.mix=[data/other]"], ["data.mix: no file or folder 'data/other'"]),
+        ("diffusion_dpo", ["data.manifest=data/mine", "evaluate.holdout=[tiny-juge]"],
+         ["evaluate.holdout: reward 'tiny-juge' is not known; did you mean 'tiny-judge'?"]),
         ("diffusion_dpo", ["data.manifest=data/mine", "model.path=models/sd/15"], ["model.path: no folder 'models/sd/15'"]),
     ],
 )  # fmt: skip
