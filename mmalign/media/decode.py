@@ -191,6 +191,18 @@ def _radiograph(data: bytes, limits: Limits, source: str) -> Decoded:
     return Decoded(image=Image.fromarray(found.grey).convert("RGB"), original_size=(height, width), flags=flags, mime=MIME)
 
 
+def claimed_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) that an encoded picture says it has, without decoding it; None where that cannot be read."""
+    kind = image_kind(data)
+    try:
+        if kind is not None:
+            with _open_header(data, kind) as image:
+                return image.size
+    except (_Unsupported, *_DECODE_ERRORS):
+        pass
+    return None
+
+
 def stored_to_rgb(image: Image.Image, colours: Colours = PLAIN) -> Image.Image:
     """`Decoded.stored`, resized or cropped meanwhile, to RGB under the same policy."""
     return _colours(image, [], colours)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import urllib.error
 import urllib.request
@@ -17,13 +18,24 @@ from mmalign.errors import RewardError
 from mmalign.rewards.base import Answers, DirectBackend
 from mmalign.rewards.cards import Card
 from mmalign.rewards.table import LoadRequest
-from mmalign.rewards.wire import CARDS, MAX_BODY, SCORE, WireError, decode_answer, encode_request
+from mmalign.rewards.wire import (
+    CARDS,
+    MAX_BODY,
+    MAX_IMAGES,
+    MAX_PIXELS,
+    MAX_PROMPT,
+    SCORE,
+    WireError,
+    decode_answer,
+    encode_request,
+)
 
 MAX_ANSWER = 64 * 1024 * 1024
 
 
 class Remote(DirectBackend):
-    """Sends pictures losslessly; a server that stays away ends the run instead of giving scores that are none."""
+    """Sends pictures losslessly, as many at a time as a server takes; one that stays away ends the run instead of giving scores
+    that are none. A row that no server takes (above `MAX_PROMPT`, or a PNG above `MAX_BODY`) is missing with a reason."""
 
     def __init__(self, card: Card, url: str, reward: str, *, timeout: float, retries: int) -> None:
         self.card, self.url, self.reward, self.wait, self.retries = card, url, reward, timeout, retries
@@ -32,20 +44,31 @@ class Remote(DirectBackend):
         return {"url": self.url, "reward": self.reward, "transport": "png"}
 
     def answer(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Answers:
-        body = encode_request(list(images), list(prompts))
-        if len(body) > MAX_BODY and len(images) > 1:
-            half = len(images) // 2
-            first, second = self.answer(images[:half], prompts[:half]), self.answer(images[half:], prompts[half:])
-            return Answers(
-                values=torch.cat([first.values, second.values]),
-                errors=first.errors + second.errors,
-                truncated=first.truncated + second.truncated,
-            )
+        errors: list[str | None] = ["prompt_too_long" if len(prompt) > MAX_PROMPT else None for prompt in prompts]
+        values, truncated = [math.nan] * len(images), [False] * len(images)
+        rows = [row for row, reason in enumerate(errors) if reason is None]
+        open_parts = [rows] if rows else []
+        while open_parts:
+            part = open_parts.pop()
+            pixels = sum(images[row].width * images[row].height for row in part)
+            is_one = len(part) == 1
+            body = b""
+            if is_one or (len(part) <= MAX_IMAGES and pixels <= MAX_PIXELS):
+                body = encode_request([images[row] for row in part], [prompts[row] for row in part])
+            if not body or (len(body) > MAX_BODY and not is_one):
+                open_parts += [part[len(part) // 2 :], part[: len(part) // 2]]
+            elif len(body) > MAX_BODY:
+                errors[part[0]] = "too_large"
+            else:
+                for row, value, reason, cut in zip(part, *self._ask(body, len(part)), strict=True):
+                    values[row], errors[row], truncated[row] = value, reason, cut
+        return Answers(values=torch.tensor(values), errors=tuple(errors), truncated=tuple(truncated))
+
+    def _ask(self, body: bytes, count: int) -> tuple[list[float], list[str | None], list[bool]]:
         try:
-            scores, errors, truncated = decode_answer(self._post(body), self.reward, len(images))
+            return decode_answer(self._post(body), self.reward, count)
         except WireError as error:
             raise RewardError(f"{self.url}: {error}") from error
-        return Answers(values=torch.tensor(scores), errors=tuple(errors), truncated=tuple(truncated))
 
     def _post(self, body: bytes) -> bytes:
         return fetch(f"{self.url}{SCORE}", body, timeout=self.wait, retries=self.retries)

@@ -7,8 +7,9 @@ import threading
 import traceback
 from collections.abc import Callable
 
+from mmalign.media import claimed_size
 from mmalign.rewards.scorer import ScorerSet
-from mmalign.rewards.wire import CARDS, MAX_BODY, SCORE, WireError, decode_request, encode_answer
+from mmalign.rewards.wire import CARDS, MAX_BODY, MAX_PIXELS, SCORE, WireError, decode_request, encode_answer
 from mmalign.serving import Handler, Server
 
 MAX_WAITING = 32
@@ -58,6 +59,10 @@ class _Handler(Handler):
                 request = decode_request(body)
         except WireError as error:
             self.refuse(400, str(error))
+            return
+        sizes = [claimed_size(image) or (0, 0) for image in request.images]
+        if (pixels := sum(width * height for width, height in sizes)) > MAX_PIXELS:
+            self.refuse(413, f"the pictures have {pixels} pixels together; send at most {MAX_PIXELS} at a time")
             return
         try:
             with self.server.device_lock:

@@ -16,6 +16,8 @@ from PIL import Image
 MAX_BODY = 64 * 1024 * 1024
 """Bytes of a request; larger ones are refused before they are read."""
 MAX_IMAGES = 256
+MAX_PIXELS = 1 << 28
+"""Of all pictures of a request, when decoded: a few kilobytes of PNG can claim a hundred million."""
 MAX_PROMPT = 20_000
 """Characters."""
 SCORE, CARDS = "/v1/score", "/v1/cards"

@@ -19,6 +19,8 @@ from PIL import Image
 
 from mmalign import rewards, serving
 from mmalign.errors import RewardError
+from mmalign.rewards import remote
+from mmalign.rewards import server as server_module
 from mmalign.rewards.server import RewardServer
 from mmalign.rewards.wire import MAX_BODY
 from tests.rewards.test_odd_inputs import encoded
@@ -209,6 +211,35 @@ def test_no_more_bytes_of_bodies_than_memory_is_given(server: RewardServer, monk
     assert b" 400 " in held[0].recv(1000)  # no JSON; and its bytes are given back
     wait_until(lambda: server._held == 0)
     assert ask(server, b" " * 900)[0] == 400
+
+
+def test_more_than_a_request_may_hold_goes_in_several(
+    server: RewardServer, monkeypatch: pytest.MonkeyPatch, pictures: list[Image.Image]
+) -> None:
+    scorer = rewards.load(f"remote:{server.url}#brightness")
+    many = [picture.resize((8, 8)) for picture in pictures] * 40
+    many = [picture.point(lambda value, shift=number: (value + shift) % 256) for number, picture in enumerate(many)]
+    expected = rewards.load("brightness").score(many)
+    assert len(many) > 256
+    assert torch.equal(scorer.score(many, batch_size=len(many)), expected)
+    for module in (remote, server_module):
+        monkeypatch.setattr(module, "MAX_PIXELS", 5 * 64)
+    assert torch.equal(scorer.score(many[:13], batch_size=13), expected[:13])
+    body = json.dumps({"images": [base64.b64encode(encoded(many[0])).decode()] * 6, "prompts": [""] * 6})
+    status, found = ask(server, body.encode())
+    assert status == 413 and "384 pixels" in found["error"]
+
+
+def test_rows_that_no_server_takes_are_missing_with_a_reason(
+    server: RewardServer, monkeypatch: pytest.MonkeyPatch, pictures: list[Image.Image]
+) -> None:
+    scorer = rewards.load(f"remote:{server.url}#tiny-clip")
+    found = scorer.score(pictures[:3], ["a", "x" * 20_001, "b"], details=True, on_error="nan")
+    assert found.errors == (None, "prompt_too_long", None) and found.ok.tolist() == [True, False, True]
+    monkeypatch.setattr(remote, "MAX_BODY", 2000)
+    noise = torch.randint(0, 256, (40, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
+    found = scorer.score([pictures[0].resize((8, 8)), noise], "a", details=True, on_error="nan")
+    assert found.errors == (None, "too_large")
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])
