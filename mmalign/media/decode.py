@@ -193,14 +193,11 @@ def _radiograph(data: bytes, limits: Limits, source: str) -> Decoded:
 
 def claimed_size(data: bytes) -> tuple[int, int] | None:
     """(width, height) that an encoded picture says it has, without decoding it; None where that cannot be read."""
-    kind = image_kind(data)
     try:
-        if kind is not None:
-            with _open_header(data, kind) as image:
-                return image.size
+        with _open_header(data, image_kind(data)) as image:
+            return image.size
     except (_Unsupported, *_DECODE_ERRORS):
-        pass
-    return None
+        return None
 
 
 def stored_to_rgb(image: Image.Image, colours: Colours = PLAIN) -> Image.Image:
@@ -240,11 +237,11 @@ def _check_size(size: tuple[int, int], limits: Limits, source: str) -> None:
         raise MediaError(reason="too_large", detail=detail, source=source)
 
 
-def _open_header(data: bytes, kind: Kind) -> Image.Image:
+def _open_header(data: bytes, kind: Kind | None) -> Image.Image:
     # The plug-in is called directly: Image.open would apply Pillow's own process-wide pixel limit instead of ours.
     Image.init()
-    if kind.pillow not in Image.OPEN:
-        raise _Unsupported(f"this Pillow was built without {kind.pillow}")
+    if kind is None or kind.pillow not in Image.OPEN:
+        raise _Unsupported(f"this Pillow was built without {kind.pillow if kind else 'a reader of it'}")
     factory, _ = Image.OPEN[kind.pillow]
     image: Image.Image = factory(io.BytesIO(data), "")
     return image

@@ -222,8 +222,8 @@ def _report(table: pa.Table, names: Sequence[str], columns: Sequence[str], flags
 
     reasons: dict[str, int] = {}
     for text in table["error"].to_pylist() if "error" in table.column_names else ():
-        for item in text.split(";") if text else ():
-            reason = item.rpartition(":")[2]
+        # A row that fails for several rewards or pictures by one reason is one failed row.
+        for reason in {item.rpartition(":")[2] for item in text.split(";")} if text else ():
             reasons[reason] = reasons.get(reason, 0) + 1
     summary: dict[str, dict[str, float]] = {}
     for name in names:
