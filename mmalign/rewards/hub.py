@@ -50,8 +50,20 @@ def local_weights(request: LoadRequest, *, more: tuple[str, ...] = ()) -> Path:
 
 
 def pick_device(device: str | None) -> torch.device:
-    """The asked device, else CUDA where there is one."""
-    return torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The asked device, else CUDA where there is one.
+
+    Raises:
+        RewardError: there is no such device.
+    """
+    if not device:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise RewardError(f"'{device}' is no device; write cpu, cuda or cuda:1") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise RewardError(f"there is no device '{device}': this machine has {torch.cuda.device_count()} CUDA devices")
+    return found
 
 
 def pick_dtype(dtype: str | None, device: str | None) -> torch.dtype:

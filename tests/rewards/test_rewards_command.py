@@ -71,3 +71,9 @@ def test_weights_that_cannot_be_fetched_say_how_to_use_a_copy(monkeypatch: pytes
     done = run("fetch", "pickscore")
     assert done.exit_code == 2 and "cannot get 'yuvalkirstain/PickScore_v1' (about 3.9 GB)" in done.output
     assert "path='/folder'" in done.output
+
+
+@pytest.mark.parametrize(("device", "words"), [("cuda:99", "there is no device 'cuda:99'"), ("gpu", "'gpu' is no device")])
+def test_a_device_that_is_not_there_is_named(device: str, words: str) -> None:
+    done = run("serve", "--reward", "tiny-clip", "--port", "0", "--device", device)
+    assert done.exit_code == 2 and words in done.output
