@@ -109,7 +109,10 @@ class SlotPool:
             self._ends[slot].send((work, arguments))
             done, answer = self._ends[slot].recv()
         except (EOFError, OSError) as error:
-            raise DataError(f"a decoding process was killed, perhaps for want of memory; {self._remedy}") from error
+            raise DataError(
+                f"a decoding process was killed, perhaps for want of memory; {self._remedy}. If it ended while it started (its"
+                " error is printed above), put what your script does under 'if __name__ == \"__main__\":', as processes demand"
+            ) from error
         except BaseException:  # interrupted: the answer is still to come, and must not become that of other work
             self._ends[slot].close()
             raise
