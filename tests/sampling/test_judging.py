@@ -110,7 +110,7 @@ def test_filters_by_margin_and_length(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no pair is left"):
         made("none", min_margin=0.6)
     for bad, message in (({"min_margin": -1.0}, "must not be negative"), ({"max_length_ratio": 0.5}, "at least 1"),
-                         ({"rule": "best"}, "known: all_pairs, best_worst"),
+                         ({"rule": "best"}, "rule 'best' is not known; did you mean 'best_worst'"),
                          ({"reward": "cxr"}, "no scores of 'cxr'")):  # fmt: skip
         with pytest.raises(DataError, match=message):
             made("bad", **bad)
