@@ -26,6 +26,8 @@ BODY_GRACE, SLOWEST = 10.0, 16 * 1024
 """Seconds, and bytes a second: a body may take so long, and a second more for so many bytes that have come."""
 MAX_CONNECTIONS = 256
 """Clients at a time, a thread each."""
+PATIENCE = 1.0
+"""Seconds that a newcomer is kept for a place, before it is hung up on."""
 MAX_HELD = 1024 * 1024 * 1024
 """Bytes of all bodies in memory at a time; clients that would exceed it are told to come back."""
 PIECE = 1 << 16
@@ -98,7 +100,18 @@ class Server(ThreadingHTTPServer):
             return True
 
     def _make_place(self) -> bool:
-        """Hang up on the slow client that has been waited for longest; whether its place could be taken."""
+        """Have a slow client give way, or wait a moment for one that has its answer and is leaving; whether a place was taken."""
+        until, gives_way = time.monotonic() + PATIENCE, False
+        while True:
+            gives_way = gives_way or self._hang_up()
+            left = until - time.monotonic()
+            if self._places.acquire(timeout=max(0.0, min(left, PATIENCE / 20))):
+                return True
+            if left <= 0:
+                return False
+
+    def _hang_up(self) -> bool:
+        """Hang up on the slow client that has been waited for longest; False if there is none."""
         now = time.monotonic()
         with self._lock:
             slow = [(pace.since, request, pace) for request, pace in self._paces.items() if pace.is_slow(now)]
@@ -108,7 +121,7 @@ class Server(ThreadingHTTPServer):
             pace.is_reading = False  # nobody gives way twice
         with contextlib.suppress(OSError):  # it may be gone by itself
             request.shutdown(socket.SHUT_RDWR)
-        return self._places.acquire(timeout=1.0)
+        return True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that hang up are no news; everything else is told on standard error."""

@@ -168,6 +168,15 @@ def test_slow_clients_give_way_to_others(two_places: RewardServer, words: bytes)
         one.close()
 
 
+def test_a_newcomer_waits_for_one_that_is_leaving(two_places: RewardServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is slow and all places are taken, but one of them is about to be free."""
+    monkeypatch.setattr(two_places, "_hang_up", lambda: False)
+    held = knock(two_places, 2, b"P")
+    threading.Timer(0.3, held[0].close).start()
+    assert ask(two_places, b"[]")[0] == 400
+    held[1].close()
+
+
 def test_clients_that_are_being_answered_keep_their_places(
     two_places: RewardServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

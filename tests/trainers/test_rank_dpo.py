@@ -240,7 +240,7 @@ def test_a_run_from_a_ranked_table_with_and_without_caches(tiny_folder: Callable
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_a_table_of_pairs_is_refused(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text('{"id": "a", "prompt": "b", "chosen": "c.png", "rejected": "d.png"}\n')
-    with pytest.raises(DataError, match="column 'images' is missing"):
+    with pytest.raises(DataError, match="it is a table of pairs; a method on lists needs several pictures a prompt"):
         run(tiny_folder("sd1"), tmp_path / "pairs.jsonl", tmp_path / "out")
 
 
