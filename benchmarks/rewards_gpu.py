@@ -4,8 +4,8 @@
     python benchmarks/rewards_gpu.py --device cpu --model tiny --images 48 --side 256 --minutes 0.5      # tries the path
 
 Prints as it goes, and writes the JSON file after every part, so that an interrupted run leaves what it has. Parts: pixels and
-scores of the GPU path against the CPU path; the encoders alone; reading and decoding alone; all of it end to end; and a loop over
-single pictures in the manner of the packages' examples, on the same weights.
+scores of the GPU path against the CPU path; the encoders alone; reading and decoding alone; all of it end to end; a loop over
+single pictures in the manner of the packages' examples, on the same weights; and `mmalign score` on a table of the same pictures.
 """
 
 from __future__ import annotations

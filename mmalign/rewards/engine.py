@@ -1,6 +1,6 @@
 """Scores rows with several rewards at once, doing nothing twice.
 
-Per window of rows: files are read and identified on threads while the previous window computes; each distinct picture is
+Per window of rows: files are read and identified on threads while earlier windows compute; each distinct picture is
 decoded once, resized once per preprocessing id and encoded once per distinct encoder; each distinct prompt likewise. Scores of
 a window are collected when the next one is under way, so that a GPU does not wait for that. Knows no file format of tables and
 writes nothing.
